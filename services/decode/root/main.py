@@ -1,0 +1,80 @@
+"""Runs a decode root until it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+
+import structlog
+
+from services.decode.root.handoff import HandOff
+from services.decode.root.service import DecodeServicer
+from tokenmesh.config import MeshConfig
+from tokenmesh.engine.host import run_engine
+from tokenmesh.lifecycle import RequestState
+from tokenmesh.model_store import resolve_model
+from tokenmesh.rpc.admin import AdminServicer
+from tokenmesh.rpc.server import RpcServer
+from tokenmesh.v1 import admin_pb2, decode_pb2, decode_pb2_grpc
+
+log = structlog.get_logger()
+
+
+async def serve(mesh: MeshConfig, replica: int, stop: asyncio.Event) -> None:
+    """Serves until `stop` is set, then drains.
+
+    Raises PortInUseError, ModelNotFoundError.
+    """
+    config = mesh.decode_service
+    server = RpcServer(config.host, config.port + replica)
+    root_id = f"decode-root-{replica}@{server.address}"
+    prefills = mesh.prefill_addresses() if config.prefills is None else config.prefills
+    handoff = HandOff(config, root_id)
+    servicer = DecodeServicer(config, mesh.model_name, prefills, handoff)
+    decode_pb2_grpc.add_DecodeServiceServicer_to_server(servicer, server.server)
+    server.add(decode_pb2.DESCRIPTOR.services_by_name["DecodeService"].full_name)
+    ready = False
+
+    def describe() -> admin_pb2.GetStatusResponse:
+        counts = servicer.engine.counts if ready else None
+        running = servicer.requests.count(RequestState.RUNNING)
+        return admin_pb2.GetStatusResponse(
+            role=admin_pb2.ROLE_DECODE_ROOT,
+            instance_id=f"decode-root-{replica}",
+            ready=ready,
+            running=running,
+            waiting=len(servicer.requests) - running,
+            blocks_total=counts.blocks_total if counts else 0,
+            blocks_free=counts.blocks_free if counts else 0,
+            kv_transport=handoff.transport,
+            kv_bytes=handoff.bytes,
+            kv_transfers=handoff.transfers,
+            kv_seconds=handoff.seconds,
+            kv_open=handoff.open,
+            counters={**servicer.decisions, **handoff.failures},
+            peers=[
+                admin_pb2.Peer(role=admin_pb2.ROLE_PREFILL, address=a, ready=a in handoff.connected) for a in prefills
+            ],
+        )
+
+    async def reset() -> bool:
+        return bool(await servicer.engine.llm.reset_prefix_cache())
+
+    AdminServicer(server, servicer.requests, describe, reset)
+    await server.start()
+    try:
+        model_path = await asyncio.to_thread(resolve_model, mesh.model)
+        async with run_engine(mesh, config, model_path, handoff.handle) as engine:
+            handoff.attach(engine)
+            servicer.attach(engine)
+            ready = True
+            await server.ready()
+            log.info("decode root ready", address=server.address, prefills=list(prefills))
+            keepers = [asyncio.create_task(handoff.keep_connected(address)) for address in prefills]
+            await stop.wait()
+            servicer.requests.draining = True
+            await server.stop(grace=10)
+            for keeper in keepers:
+                keeper.cancel()
+            await handoff.close()
+    finally:
+        await server.stop(grace=0)

@@ -1,0 +1,257 @@
+"""The prefill service: computes prompts and pushes their KV to the ranks that will decode."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import msgspec
+import structlog
+from vllm import TokensPrompt
+from vllm.outputs import RequestOutput
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from tokenmesh.config import PrefillConfig
+from tokenmesh.engine.host import EngineHost
+from tokenmesh.engine.settings import SendTo
+from tokenmesh.kv.geometry import BlockGeometry, GeometryMismatchError
+from tokenmesh.kv.messages import CancelSend, Connect, Connected, KvSent, SendDone, ToService
+from tokenmesh.lifecycle import LiveRequest, RequestState, RequestTable
+from tokenmesh.prompts import check_prompt
+from tokenmesh.rpc.errors import MeshError, Reason, invalid, unavailable
+from tokenmesh.rpc.server import Context
+from tokenmesh.v1 import kv_pb2, prefill_pb2, prefill_pb2_grpc
+
+log = structlog.get_logger()
+
+
+@dataclass
+class _Send:
+    """A transfer under way: resolved when every shard has reported, or one has failed."""
+
+    shards: int
+    reports: list[SendDone] = field(default_factory=list)
+    done: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+
+    def add(self, report: SendDone) -> None:
+        self.reports.append(report)
+        if not self.done.done() and (report.error or len(self.reports) == self.shards):
+            self.done.set_result(None)
+
+    @property
+    def error(self) -> str:
+        return next((report.error for report in self.reports if report.error), "")
+
+    def receipt(self) -> kv_pb2.KvReceipt:
+        return kv_pb2.KvReceipt(
+            bytes=sum(r.nbytes for r in self.reports),
+            block_layers=sum(r.block_layers for r in self.reports),
+            seconds=max(r.seconds for r in self.reports),
+            exposed_seconds=max(r.exposed_seconds for r in self.reports),
+            transport=self.reports[0].transport,
+        )
+
+
+class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
+    """See prefill.proto."""
+
+    def __init__(self, config: PrefillConfig) -> None:
+        self._config = config
+        self.requests = RequestTable(config.max_queue, config.credits_per_root)
+        self._sends: dict[bytes, _Send] = {}
+        self._connecting: defaultdict[tuple[str, int], list[asyncio.Future[Connected]]] = defaultdict(list)
+        self._engine: EngineHost | None = None
+        self.kv_bytes = 0
+        self.kv_transfers = 0
+        self.kv_seconds = 0.0
+        self.kv_transport = ""
+
+    @property
+    def kv_open(self) -> int:
+        """Transfers under way."""
+        return len(self._sends)
+
+    @property
+    def engine(self) -> EngineHost:
+        """The engine. Raises MeshError UNAVAILABLE while it starts."""
+        if self._engine is None:
+            raise unavailable(Reason.DRAINING, "the engine is still starting")
+        return self._engine
+
+    def attach(self, engine: EngineHost) -> None:
+        """Gives the service its engine."""
+        self._engine = engine
+
+    def handle(self, message: ToService) -> None:
+        """Takes what movers report."""
+        if isinstance(message, SendDone):
+            # The engine may free the blocks, whether or not anyone still waits for the transfer.
+            for shard in range(self._config.tensor_parallel_size):
+                self.engine.hub.send(f"worker-{shard}", KvSent(message.transfer_id))
+            self.kv_bytes += message.nbytes
+            self.kv_seconds += message.seconds
+            self.kv_transfers += not message.error
+            self.kv_transport = message.transport or self.kv_transport
+            send = self._sends.get(message.transfer_id)
+            if send is not None:
+                send.add(message)
+        elif isinstance(message, Connected):
+            self.kv_transport = message.transport or self.kv_transport
+            for future in self._connecting.pop((message.host, message.port), ()):
+                if not future.done():
+                    future.set_result(message)
+
+    async def GetPrefillLoad(
+        self, request: prefill_pb2.GetPrefillLoadRequest, context: Context[Any, Any]
+    ) -> prefill_pb2.GetPrefillLoadResponse:
+        """See prefill.proto."""
+        counts = self.engine.counts
+        running = self.requests.count(RequestState.RUNNING)
+        return prefill_pb2.GetPrefillLoadResponse(
+            running=running,
+            waiting=len(self.requests) - running,
+            queued_tokens=self.requests.tokens_before(RequestState.FINISHED),
+            blocks_total=counts.blocks_total,
+            blocks_free=counts.blocks_free,
+            max_queue=self._config.max_queue,
+            credits_per_root=self._config.credits_per_root,
+        )
+
+    async def Prefill(
+        self, request: prefill_pb2.PrefillRequest, context: Context[Any, Any]
+    ) -> prefill_pb2.PrefillResponse:
+        """See prefill.proto."""
+        if context.time_remaining() is None:
+            raise invalid(Reason.DEADLINE_MISSING, "Prefill needs a deadline", param="deadline")
+        engine = self.engine
+        model = engine.llm.model_config
+        check_prompt(request.prompt_token_ids, model.get_vocab_size(), model.max_model_len, room=1)
+        target = self._check_target(request) if request.HasField("target") else None
+        # Attempts of one request may overlap, so a transfer has its own identity here.
+        name = f"{request.request_id}/{target.transfer_id.hex()[:8]}" if target else request.request_id
+        live = LiveRequest(name, request.decode_root_id, len(request.prompt_token_ids))
+        with self.requests.admit(live):
+            try:
+                return await self._compute(request, target, live)
+            except EngineDeadError as error:
+                raise unavailable(Reason.ENGINE_DEAD, "the prefill engine has died") from error
+
+    async def ConnectOwner(
+        self, request: prefill_pb2.ConnectOwnerRequest, context: Context[Any, Any]
+    ) -> prefill_pb2.ConnectOwnerResponse:
+        """See prefill.proto."""
+        engine = self.engine
+        self._check_geometry(request.geometry, request.shards)
+        loop = asyncio.get_running_loop()
+        waiting = []
+        for number, shard in enumerate(request.shards):
+            future: asyncio.Future[Connected] = loop.create_future()
+            self._connecting[shard.host, shard.port].append(future)
+            engine.hub.send(f"mover-{number}", Connect(shard.host, shard.port))
+            waiting.append(future)
+        connected = await asyncio.gather(*waiting)
+        problem = next((c.error for c in connected if c.error), "")
+        if problem:
+            raise unavailable(Reason.KV_OWNER_UNREACHABLE, problem)
+        return prefill_pb2.ConnectOwnerResponse(
+            transport=connected[0].transport, goodput=min(c.goodput for c in connected)
+        )
+
+    def _check_geometry(self, geometry: kv_pb2.BlockGeometry, shards: Sequence[kv_pb2.KvShard]) -> BlockGeometry:
+        mine = self.engine.movers[0].geometry
+        if len(shards) != self._config.tensor_parallel_size:
+            raise invalid(
+                Reason.BAD_TARGET,
+                f"{len(shards)} shards given, {self._config.tensor_parallel_size} needed",
+                param="shards",
+            )
+        try:
+            mine.check_equal(BlockGeometry.from_proto(geometry))
+        except GeometryMismatchError as error:
+            raise MeshError(grpc.StatusCode.FAILED_PRECONDITION, Reason.GEOMETRY_MISMATCH, str(error)) from error
+        return mine
+
+    def _check_target(self, request: prefill_pb2.PrefillRequest) -> SendTo:
+        target = request.target
+        mine = self._check_geometry(target.geometry, target.shards)
+        missing = len(request.prompt_token_ids) - target.start_token
+        problem = ""
+        if len(target.transfer_id) != 16:
+            problem = "transfer_id must be 16 bytes"
+        elif target.start_token % mine.block_size or missing <= 0:
+            problem = "start_token must be a multiple of the block size and inside the prompt"
+        elif len(target.block_ids) != mine.blocks_for(missing):
+            problem = f"{len(target.block_ids)} blocks given, {mine.blocks_for(missing)} needed"
+        elif target.codec != kv_pb2.KV_CODEC_NONE:
+            problem = "codec must be KV_CODEC_NONE"
+        elif target.transfer_id in self._sends:
+            problem = "transfer_id is in use"
+        if problem:
+            raise invalid(Reason.BAD_TARGET, problem, param="target")
+        shards = [(shard.host, shard.port) for shard in target.shards]
+        return SendTo(target.transfer_id, shards, target.start_token, len(target.block_ids))
+
+    async def _compute(
+        self, request: prefill_pb2.PrefillRequest, target: SendTo | None, live: LiveRequest
+    ) -> prefill_pb2.PrefillResponse:
+        send: _Send | None = None
+        if target is not None:
+            send = self._sends[target.transfer_id] = _Send(self._config.tensor_parallel_size)
+        compute = asyncio.create_task(self._generate(request, target, live))
+        try:
+            if send is not None:
+                # The transfer may end first: well, when the last layer beats the sampler, or badly.
+                await asyncio.wait({compute, send.done}, return_when=asyncio.FIRST_COMPLETED)
+                if send.error:
+                    raise _transfer_error(send.error)
+            output = await compute
+            if send is not None:
+                await send.done
+                if send.error:
+                    raise _transfer_error(send.error)
+        finally:
+            if not compute.done():
+                compute.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await compute
+            if target is not None:
+                del self._sends[target.transfer_id]
+                for shard in range(self._config.tensor_parallel_size):
+                    self.engine.hub.send(f"mover-{shard}", CancelSend(target.transfer_id))
+        stats = output.metrics
+        return prefill_pb2.PrefillResponse(
+            cached_tokens=output.num_cached_tokens or 0,
+            first_token_id=output.outputs[0].token_ids[0],
+            queue_seconds=stats.scheduled_ts - stats.queued_ts if stats else 0.0,
+            compute_seconds=stats.first_token_ts - stats.scheduled_ts if stats else 0.0,
+            receipt=send.receipt() if send is not None else None,
+        )
+
+    async def _generate(
+        self, request: prefill_pb2.PrefillRequest, target: SendTo | None, live: LiveRequest
+    ) -> RequestOutput:
+        """Runs the prompt through the engine; its one sampled token closes the prefill."""
+        params = SamplingParams(
+            max_tokens=1, temperature=0.0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
+        )
+        if target is not None:
+            params.extra_args = {"kv_transfer_params": {SendTo.KEY: msgspec.to_builtins(target)}}
+        prompt = TokensPrompt(prompt_token_ids=list(request.prompt_token_ids))
+        if request.cache_salt:
+            prompt["cache_salt"] = request.cache_salt
+        live.enter(RequestState.RUNNING)
+        outputs = self.engine.llm.generate(prompt, params, live.request_id, priority=request.priority)
+        (output,) = [output async for output in outputs]
+        return output
+
+
+def _transfer_error(error: str) -> MeshError:
+    if "owner" in error:
+        return unavailable(Reason.KV_OWNER_UNREACHABLE, error)
+    return MeshError(grpc.StatusCode.INTERNAL, Reason.KV_TRANSFER_FAILED, error)

@@ -1,0 +1,274 @@
+"""What the deployment files promise: no root, nothing writable, probes, pinned images, ports and names that agree."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tokenmesh.config import MeshConfig, load_config
+
+ROOT = Path(__file__).resolve().parents[2]
+BASE = ROOT / "deploy" / "kustomize" / "base"
+MESHES = sorted([*(ROOT / "deploy").rglob("mesh.yaml"), *(ROOT / "examples").glob("*.yaml")])
+CONTAINER_FILES = sorted([*(ROOT / "deploy").rglob("*Containerfile"), *(ROOT / "services").rglob("Containerfile")])
+UID = 10001
+POD_IP = "10.1.2.3"
+
+Doc = dict[str, Any]
+
+DOCUMENTS: list[Doc] = [
+    doc
+    for path in sorted(BASE.glob("*.yaml"))
+    if path.name not in ("kustomization.yaml", "mesh.yaml")
+    for doc in yaml.safe_load_all(path.read_text())
+]
+WORKLOADS = [doc for doc in DOCUMENTS if doc["kind"] in ("Deployment", "StatefulSet")]
+COMPOSE: Doc = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())
+SERVICES: dict[str, Doc] = COMPOSE["services"]
+
+DEFAULTS = MeshConfig()
+GRPC_PORTS = {
+    "gateway": DEFAULTS.gateway.grpc_port,
+    "prefill": DEFAULTS.prefill_service.port,
+    "decode-root": DEFAULTS.decode_service.port,
+}
+
+
+@pytest.fixture(autouse=True)
+def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Overrides of the caller's shell must not reach the files under test."""
+    for key in [key for key in os.environ if key.startswith("TOKENMESH_")]:
+        monkeypatch.delenv(key)
+
+
+def role(workload: Doc) -> str:
+    return str(workload["metadata"]["name"]).removeprefix("tokenmesh-")
+
+
+def container(workload: Doc) -> Doc:
+    (only,) = workload["spec"]["template"]["spec"]["containers"]
+    return dict(only)
+
+
+def of_kind(kind: str) -> dict[str, Doc]:
+    return {role(doc): doc for doc in DOCUMENTS if doc["kind"] == kind}
+
+
+def gibibytes(quantity: str) -> float:
+    match = re.fullmatch(r"(\d+)(Mi|Gi|gb)", quantity)
+    assert match, quantity
+    return int(match[1]) / (1024 if match[2] == "Mi" else 1)
+
+
+each_workload = pytest.mark.parametrize("workload", WORKLOADS, ids=role)
+each_service = pytest.mark.parametrize("name", SERVICES)
+
+
+def test_every_role_is_deployed() -> None:
+    assert {role(w) for w in WORKLOADS} == set(GRPC_PORTS)
+    assert set(SERVICES) == {*GRPC_PORTS, "shm"}
+
+
+# Kubernetes
+
+
+@each_workload
+def test_pod_is_confined(workload: Doc) -> None:
+    pod = workload["spec"]["template"]["spec"]
+    assert pod["automountServiceAccountToken"] is False
+    assert pod["enableServiceLinks"] is False, "injected TOKENMESH_*_PORT variables would read as configuration"
+    assert not {"hostNetwork", "hostPID", "hostIPC", "initContainers"} & pod.keys()
+    security = pod["securityContext"]
+    assert security["runAsNonRoot"] is True
+    assert security["runAsUser"] == security["runAsGroup"] == security["fsGroup"] == UID
+    assert security["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert container(workload)["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+
+
+@each_workload
+def test_pod_has_bounds(workload: Doc) -> None:
+    resources = container(workload)["resources"]
+    for kind in ("requests", "limits"):
+        assert {"cpu", "memory", "ephemeral-storage"} <= resources[kind].keys()
+    volumes = {v["name"]: v for v in workload["spec"]["template"]["spec"]["volumes"]}
+    mounts = {m["mountPath"]: m["name"] for m in container(workload)["volumeMounts"]}
+    for path in ("/var/cache/tokenmesh", "/tmp", "/dev/shm"):
+        assert "sizeLimit" in volumes[mounts[path]]["emptyDir"], path
+    assert volumes[mounts["/dev/shm"]]["emptyDir"]["medium"] == "Memory"
+    assert volumes[mounts["/etc/tokenmesh"]]["configMap"]["name"] == "tokenmesh-mesh"
+
+
+@each_workload
+def test_probes_ask_the_grpc_port(workload: Doc) -> None:
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert container(workload)[probe]["grpc"] == {"port": GRPC_PORTS[role(workload)]}, probe
+
+
+@each_workload
+def test_old_work_may_finish(workload: Doc) -> None:
+    hook = container(workload)["lifecycle"]["preStop"]["exec"]["command"][-1]
+    assert hook.rstrip('"').endswith(f":{GRPC_PORTS[role(workload)]}")
+    drain = int(re.search(r"timeout (\d+) tokenmesh drain", hook)[1])  # type: ignore[index]
+    delay = re.match(r"sleep (\d+);", hook)
+    longest = load_config(BASE / "mesh.yaml").gateway.request_timeout_s
+    grace = workload["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
+    assert longest < drain
+    assert drain + int(delay[1] if delay else 0) < grace
+
+
+@each_workload
+def test_selectors_meet(workload: Doc) -> None:
+    labels = workload["spec"]["template"]["metadata"]["labels"]
+    spread = workload["spec"]["template"]["spec"]["topologySpreadConstraints"][0]
+    selectors = [
+        workload["spec"]["selector"]["matchLabels"],
+        spread["labelSelector"]["matchLabels"],
+        of_kind("Service")[role(workload)]["spec"]["selector"],
+        of_kind("PodDisruptionBudget")[role(workload)]["spec"]["selector"]["matchLabels"],
+    ]
+    assert all(selector.items() <= labels.items() for selector in selectors)
+
+
+@each_workload
+def test_ports_are_the_configs(workload: Doc) -> None:
+    mesh = load_config(BASE / "mesh.yaml")
+    expected = {
+        "gateway": {"http": mesh.gateway.port, "grpc": mesh.gateway.grpc_port},
+        "prefill": {"grpc": mesh.prefill_service.port, "kv": mesh.prefill_service.kv_transfer.port},
+        "decode-root": {"grpc": mesh.decode_service.port, "kv": mesh.decode_service.kv_transfer.port},
+    }[role(workload)]
+    assert {p["name"]: p["containerPort"] for p in container(workload)["ports"]} == expected
+    assert {p["name"]: p["port"] for p in of_kind("Service")[role(workload)]["spec"]["ports"]} == expected
+
+
+def test_pods_announce_their_own_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    for workload in WORKLOADS:
+        names = [variable["name"] for variable in container(workload)["env"]]
+        for variable in container(workload)["env"]:
+            if "$(POD_IP)" in variable.get("value", ""):
+                assert names.index("POD_IP") < names.index(variable["name"]), "expanded only from what stands above"
+                monkeypatch.setenv(variable["name"], variable["value"].replace("$(POD_IP)", POD_IP))
+    mesh = load_config(BASE / "mesh.yaml")
+    for section in (mesh.prefill_service, mesh.decode_service):
+        assert (section.host, section.kv_transfer.host) == (POD_IP, POD_IP)
+
+
+def test_api_keys_come_from_an_optional_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    (variable,) = (v for v in container(of_kind("Deployment")["gateway"])["env"] if "API_KEYS" in v["name"])
+    assert variable["valueFrom"]["secretKeyRef"]["optional"] is True
+    monkeypatch.setenv(variable["name"], json.dumps(["one", "two"]))
+    assert load_config(BASE / "mesh.yaml").gateway.api_keys == ("one", "two")
+
+
+@pytest.mark.parametrize("path", sorted(BASE.parent.rglob("mesh.yaml")), ids=lambda p: p.parent.name)
+def test_mesh_names_the_stateful_pods(path: Path) -> None:
+    mesh = load_config(path)
+    pods = {
+        name: tuple(
+            f"tokenmesh-{name}-{i}.{s['spec']['serviceName']}:{GRPC_PORTS[name]}" for i in range(s["spec"]["replicas"])
+        )
+        for name, s in of_kind("StatefulSet").items()
+    }
+    assert mesh.gateway.decode_roots == pods["decode-root"]
+    assert mesh.gateway.prefills == mesh.decode_service.prefills == pods["prefill"]
+    for name in pods:
+        assert of_kind("Service")[name]["spec"]["clusterIP"] == "None"
+
+
+def test_shared_memory_holds_the_kv_cache() -> None:
+    kubernetes, compose = load_config(BASE / "mesh.yaml"), load_config(ROOT / "deploy" / "mesh.yaml")
+    for name, workload in of_kind("StatefulSet").items():
+        (shm,) = (v for v in workload["spec"]["template"]["spec"]["volumes"] if v["name"] == "shm")
+        section = kubernetes.prefill_service if name == "prefill" else kubernetes.decode_service
+        assert (section.kv_cache_memory_bytes or 0) / 2**30 < gibibytes(shm["emptyDir"]["sizeLimit"])
+    both = (compose.prefill_service.kv_cache_memory_bytes or 0) + (compose.decode_service.kv_cache_memory_bytes or 0)
+    assert both / 2**30 < gibibytes(SERVICES["shm"]["shm_size"])
+
+
+# Compose
+
+
+@each_service
+def test_service_is_confined(name: str) -> None:
+    service = SERVICES[name]
+    assert service["user"] == f"{UID}:{UID}"
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert service["pull_policy"] == "never"
+    assert not {"privileged", "cap_add", "devices"} & service.keys()
+    assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
+    assert service["healthcheck"]["test"][0] == "CMD"
+    assert service["stop_grace_period"]
+
+
+@pytest.mark.parametrize("name", GRPC_PORTS)
+def test_health_is_asked_where_the_service_listens(name: str) -> None:
+    address = SERVICES[name]["healthcheck"]["test"][-1]
+    mesh = load_config(ROOT / "deploy" / "mesh.yaml")
+    if name == "gateway":
+        assert (mesh.gateway.host, address) == ("0.0.0.0", f"127.0.0.1:{mesh.gateway.grpc_port}")
+        return
+    section = mesh.prefill_service if name == "prefill" else mesh.decode_service
+    assert section.host == section.kv_transfer.host == SERVICES[name]["hostname"] == name
+    assert address == f"{name}:{section.port}"
+    assert SERVICES[name]["expose"] == [str(section.port), str(section.kv_transfer.port)]
+
+
+def test_engines_share_ipc_and_pid_namespaces() -> None:
+    assert SERVICES["shm"]["ipc"] == "shareable"
+    for name in ("prefill", "decode-root"):
+        assert SERVICES[name]["ipc"] == SERVICES[name]["pid"] == "service:shm"
+        assert SERVICES[name]["depends_on"] == {"shm": {"condition": "service_healthy"}}
+
+
+# Images and meshes
+
+
+def test_images_are_pinned() -> None:
+    images = [container(w)["image"] for w in WORKLOADS] + [s["image"] for s in SERVICES.values()]
+    for path in CONTAINER_FILES:
+        images += re.findall(r"^ARG \w+_IMAGE=(\S+)$", path.read_text(), re.MULTILINE)
+    assert len(images) == len(WORKLOADS) + len(SERVICES) + len(CONTAINER_FILES)
+    for image in images:
+        assert re.search(r":\d+\.\d+\.\d+[\w.-]*$", image), image
+
+
+@pytest.mark.parametrize("path", CONTAINER_FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_container_file_does_not_end_as_root(path: Path) -> None:
+    text = path.read_text()
+    users = re.findall(r"^USER (\S+)$", text, re.MULTILINE)
+    if path.name == "base.Containerfile":
+        assert users[-1] == f"{UID}:{UID}"
+        assert "STOPSIGNAL SIGTERM" in text
+    else:
+        assert not users, "inherited"
+        assert "HEALTHCHECK" in text
+        name = "decode-root" if path.parent.name == "decode" else path.parent.name
+        assert f"$(hostname):{GRPC_PORTS[name]}" in text
+
+
+def test_torch_is_the_same_everywhere() -> None:
+    pin = re.search(r"^torch==\S+$", (ROOT / "requirements" / "cpu.in").read_text(), re.MULTILINE)
+    assert pin
+    assert f"{pin[0]} " in (ROOT / "deploy" / "containers" / "base.Containerfile").read_text()
+
+
+@pytest.mark.parametrize("path", MESHES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_mesh_keeps_the_usual_ports_and_equal_shards(path: Path) -> None:
+    mesh = load_config(path)
+    assert (mesh.gateway.port, mesh.gateway.grpc_port) == (DEFAULTS.gateway.port, DEFAULTS.gateway.grpc_port)
+    assert (mesh.prefill_service.port, mesh.decode_service.port) == (GRPC_PORTS["prefill"], GRPC_PORTS["decode-root"])
+    assert mesh.prefill_service.kv_transfer.port in (0, 9150)
+    assert mesh.decode_service.kv_transfer.port == 9250
+    assert mesh.prefill_service.tensor_parallel_size == mesh.decode_service.tensor_parallel_size

@@ -1,0 +1,3 @@
+"""tokenmesh: an LLM serving mesh on stock vLLM."""
+
+__version__ = "0.1.0"

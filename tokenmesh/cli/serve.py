@@ -1,0 +1,67 @@
+"""Runs one service in this process: the entry point of containers."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import importlib
+import os
+import signal
+import sys
+from pathlib import Path
+
+import structlog
+
+from tokenmesh.config import ConfigError, load_config
+from tokenmesh.logs import setup_logging
+from tokenmesh.model_store import ModelNotFoundError
+from tokenmesh.rpc.server import PortInUseError
+
+log = structlog.get_logger()
+
+
+class ServiceRole(enum.StrEnum):
+    """What can be served."""
+
+    GATEWAY = "gateway"
+    PREFILL = "prefill"
+    DECODE_ROOT = "decode-root"
+
+
+_MODULES = {
+    ServiceRole.GATEWAY: "services.gateway.main",
+    ServiceRole.PREFILL: "services.prefill.main",
+    ServiceRole.DECODE_ROOT: "services.decode.root.main",
+}
+
+
+def serve(role: ServiceRole, config: Path | None, replica: int) -> int:
+    """Serves until SIGTERM or SIGINT, then drains. Returns the exit status; prints one line if it cannot start."""
+    try:
+        mesh = load_config(config)
+    except ConfigError as error:
+        print(f"tokenmesh: {error}", file=sys.stderr)
+        return 2
+    setup_logging(mesh.log.level, mesh.log.format, role=role.value, replica=replica)
+    # Children of this process log through vLLM's own configuration otherwise.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "DEBUG" if mesh.log.level == "debug" else "WARNING")
+    # Imported late: a gateway must not pay for engines, nor a bad configuration for any of them.
+    module = importlib.import_module(_MODULES[role])
+
+    async def run() -> None:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        await module.serve(mesh, replica, stop)
+
+    try:
+        asyncio.run(run())
+    except (PortInUseError, ModelNotFoundError, ConfigError) as error:
+        print(f"tokenmesh: {role.value}: {error}", file=sys.stderr)
+        return 1
+    except Exception as error:
+        log.exception("service failed")
+        print(f"tokenmesh: {role.value} failed: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    return 0

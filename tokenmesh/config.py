@@ -1,0 +1,254 @@
+"""The one configuration of a mesh: read once, validated once, frozen, passed in.
+
+A mesh is one YAML file. Every key can be overridden from the environment as ``TOKENMESH_`` plus the path in capitals
+with ``__`` between levels, e.g. ``TOKENMESH_DECODE_SERVICE__MAX_NUM_SEQS=64``. Keys that mean what a vLLM flag means
+have that flag's name. This is the only module that reads the environment for settings.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+EMBEDDED_MODEL = "smollm2-135m-instruct"
+"""Name of the model that installs with the package and needs no hub."""
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class ConfigError(Exception):
+    """The configuration is unusable; the message is one line fit for an operator."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class KvTransferConfig(_Section):
+    """How KV moves between prefill services and the owners of blocks."""
+
+    connector: Literal["TokenParallelKVConnector"] = "TokenParallelKVConnector"
+    """Fixed; accepted so that a vLLM-style section can be pasted."""
+    role: Literal["kv_producer", "kv_consumer"] | None = None
+    """Follows from the section it stands in; a contradiction is an error."""
+    transport: Literal["auto", "shm", "tcp", "system"] = "auto"
+    """``auto``: shared memory on one host, else UCX's best; ``tcp``: only that; ``system``: UCX_* untouched."""
+    host: str = "127.0.0.1"
+    """Address of this service's UCX listener, as its peers reach it."""
+    port: Port = 0
+    """Port of the UCX listener of shard 0; shard i listens on port + i. 0 picks free ones."""
+    chunk_bytes: Annotated[int, Field(ge=64 << 10, le=256 << 20)] = 8 << 20
+    """Largest UCX message. Scattered blocks are gathered up to this size."""
+    window: Annotated[int, Field(ge=1, le=16)] = 4
+    """Messages in flight per pair."""
+    timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    """A remote prefill, queueing included, that takes longer is given up and the prompt computed locally."""
+
+
+class EngineConfig(_Section):
+    """What prefill and decode engines have in common. Names and meanings are vLLM's."""
+
+    model: str | None = None
+    """Overrides the mesh's model; rarely useful, as both sides must run the same weights."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
+    tensor_parallel_size: Annotated[int, Field(ge=1)] = 1
+    max_model_len: Annotated[int, Field(ge=1)] | None = None
+    max_num_seqs: Annotated[int, Field(ge=1)] = 64
+    max_num_batched_tokens: Annotated[int, Field(ge=1)] | None = None
+    block_size: Annotated[int, Field(ge=1)] | None = None
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
+    kv_cache_memory_bytes: Annotated[int, Field(ge=1)] | None = None
+    """Size of the KV cache. Absent: 1 GiB on CPUs, vLLM's own profiling on GPUs."""
+    enable_prefix_caching: bool = True
+    enforce_eager: bool = False
+    seed: int = 0
+    cpu_omp_threads_bind: str | None = None
+    """Cores of this engine on a CPU host, e.g. ``0-15``; as VLLM_CPU_OMP_THREADS_BIND. Absent: vLLM chooses."""
+    engine_args: dict[str, Any] = Field(default_factory=dict)
+    """Any other vLLM engine argument, by its Python name."""
+
+    host: str = "127.0.0.1"
+    """Address the gRPC server listens on and is reached at."""
+    port: Port
+    """gRPC port of replica 0; replica i listens on port + i."""
+    replicas: Annotated[int, Field(ge=0)] = 1
+    """How many of this service ``tokenmesh up`` starts and others expect."""
+    max_queue: Annotated[int, Field(ge=1)] = 256
+    """Requests accepted and not finished; more are refused with RESOURCE_EXHAUSTED."""
+    kv_transfer: KvTransferConfig = KvTransferConfig()
+
+
+class PrefillConfig(EngineConfig):
+    """A prefill service."""
+
+    port: Port = 9100
+    credits_per_root: Annotated[int, Field(ge=1)] = 64
+    """Prompts one decode root may have here at a time, so that no root can drown the others."""
+
+    @model_validator(mode="after")
+    def _producer(self) -> PrefillConfig:
+        if self.kv_transfer.role == "kv_consumer":
+            raise ValueError("prefill_service.kv_transfer.role must be kv_producer")
+        return self
+
+
+class DecodeConfig(EngineConfig):
+    """A decode root and its group."""
+
+    port: Port = 9200
+    token_parallel_size: Annotated[int, Field(ge=1)] = 1
+    """Ranks that hold KV and attend, the root included."""
+    remote_prefill_min_tokens: Annotated[int, Field(ge=1)] = 128
+    """Prompts with fewer uncached tokens are computed on the root."""
+    prefills: tuple[str, ...] | None = None
+    """Prefill services to use when a request names none. Absent: those of ``prefill_service``."""
+
+    @model_validator(mode="after")
+    def _consumer(self) -> DecodeConfig:
+        if self.kv_transfer.role == "kv_producer":
+            raise ValueError("decode_service.kv_transfer.role must be kv_consumer")
+        if self.token_parallel_size != 1:
+            raise ValueError(
+                f"decode_service.token_parallel_size is {self.token_parallel_size}, but this version runs 1 rank"
+            )
+        return self
+
+
+class GatewayConfig(_Section):
+    """The gateway."""
+
+    host: str = "127.0.0.1"
+    port: Port = 8000
+    """REST port."""
+    grpc_port: Port = 9000
+    """Port of InferenceService, health, reflection and AdminService."""
+    mode: Literal["unified", "prefill", "decode"] = "unified"
+    """``unified``: prompts are prefilled remotely. ``decode``: decode roots do everything.
+    ``prefill``: prompts are only prefilled and answered with their first token."""
+    decode_roots: tuple[str, ...] | None = None
+    """host:port of decode roots. Absent: those of ``decode_service``."""
+    prefills: tuple[str, ...] | None = None
+    """host:port of prefill services. Absent: those of ``prefill_service``."""
+    api_keys: tuple[str, ...] = ()
+    """Accepted Bearer keys; empty: no authentication."""
+    max_request_bytes: Annotated[int, Field(ge=1024)] = 8 << 20
+    """Larger bodies are refused with 413."""
+    request_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """No request lives longer."""
+    prefix_affinity_tokens: Annotated[int, Field(ge=0)] = 256
+    """Prompts that share this many leading tokens prefer the same root, unless it is busier than the others."""
+    tool_call_parser: str | None = "hermes"
+    """vLLM tool parser; absent: no automatic tool calls."""
+    reasoning_parser: str | None = None
+    chat_template: str | None = None
+    server_args: dict[str, Any] = Field(default_factory=dict)
+    """Any other argument of vLLM's OpenAI server, by its Python name."""
+
+
+class LogConfig(_Section):
+    """Logs go to standard error."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["json", "console"] = "json"
+
+
+class MeshConfig(BaseSettings):
+    """A whole mesh."""
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        env_prefix="TOKENMESH_",
+        env_nested_delimiter="__",
+        protected_namespaces=(),
+    )
+
+    model: str = EMBEDDED_MODEL
+    """``smollm2-135m-instruct`` (ships with the package), a local Hugging Face folder, or a hub name."""
+    served_model_name: str | None = None
+    """Name that clients use. Absent: the model's."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    max_model_len: Annotated[int, Field(ge=1)] | None = None
+    """Longest sequence. Absent: what the model says."""
+    gateway: GatewayConfig = GatewayConfig()
+    prefill_service: PrefillConfig = PrefillConfig()
+    decode_service: DecodeConfig = DecodeConfig()
+    log: LogConfig = LogConfig()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The environment wins over the file, which arrives as init arguments."""
+        return env_settings, init_settings
+
+    @field_validator("model")
+    @classmethod
+    def _model_given(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError("must not be empty")
+        return value
+
+    @model_validator(mode="after")
+    def _one_model(self) -> MeshConfig:
+        for name in ("prefill_service", "decode_service"):
+            other = getattr(self, name).model
+            if other is not None and other != self.model:
+                raise ValueError(f"{name}.model is {other!r}, but the mesh serves {self.model!r}")
+        return self
+
+    @property
+    def model_name(self) -> str:
+        """Name that clients use."""
+        return self.served_model_name or self.model
+
+    def prefill_addresses(self) -> tuple[str, ...]:
+        """host:port of every prefill replica of this file."""
+        return _addresses(self.prefill_service)
+
+    def decode_addresses(self) -> tuple[str, ...]:
+        """host:port of every decode root of this file."""
+        return _addresses(self.decode_service)
+
+
+def _addresses(section: EngineConfig) -> tuple[str, ...]:
+    return tuple(f"{section.host}:{section.port + i}" for i in range(section.replicas))
+
+
+def load_config(path: Path | None) -> MeshConfig:
+    """Reads and validates a mesh file; without one, the defaults.
+
+    Raises:
+        ConfigError: the file is missing, is no YAML mapping, or has a key or value that does not fit. The message
+            names the key.
+    """
+    data: dict[str, Any] = {}
+    if path is not None:
+        try:
+            text = path.read_text()
+        except OSError as error:
+            raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+        try:
+            data = yaml.safe_load(text) or {}
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            where = f" at line {mark.line + 1}" if mark else ""
+            raise ConfigError(f"{path} is no YAML{where}: {getattr(error, 'problem', error)}") from error
+        if not isinstance(data, dict):
+            raise ConfigError(f"{path} must hold a mapping of sections, not a {type(data).__name__}")
+    try:
+        return MeshConfig(**data)
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(str(part) for part in e['loc']) or 'mesh'}: {e['msg']}" for e in error.errors()[:5]
+        )
+        raise ConfigError(f"{path or 'environment'}: {problems}") from error

@@ -1,0 +1,128 @@
+"""The consumer halves of the connector: a decode root that has its prompts prefilled elsewhere.
+
+The scheduler half asks the service for a prompt's KV once vLLM has reserved its blocks. The service talks to prefill
+services, settles the transfer, and tells every worker half, which tells vLLM. Each request asks at most once: after a
+failure or a preemption vLLM computes it here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorTransferResults
+
+from tokenmesh.engine.counts import CountsReporter
+from tokenmesh.engine.settings import ConnectorSettings, FetchFrom
+from tokenmesh.engine.shared_kv import SharedKv
+from tokenmesh.kv.hub import EngineLink
+from tokenmesh.kv.messages import DropKv, KvArrived, WantKv
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.request import Request
+
+
+class ConsumerPlan(KVConnectorMetadata):
+    """Scheduler half → worker half: nothing, as the service tells the workers itself."""
+
+
+class ConsumerScheduler:
+    """Scheduler role of a decode root."""
+
+    def __init__(self, settings: ConnectorSettings, block_size: int) -> None:
+        self._block_size = block_size
+        self._min_tokens = settings.remote_prefill_min_tokens
+        self._link = EngineLink(settings.hub, "scheduler")
+        self._asked: set[str] = set()
+        self._counts = CountsReporter(self._link)
+        self.kv_cache_manager: KVCacheManager
+
+    def matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
+        """All missing prompt tokens, to be loaded asynchronously; or none. No side effects: vLLM may ask repeatedly."""
+        params = request.kv_transfer_params or {}
+        missing = request.num_prompt_tokens - num_computed_tokens
+        # The last token is recomputed here in any case, so one missing token is nothing to fetch.
+        if (
+            FetchFrom.KEY not in params
+            or request.request_id in self._asked
+            or request.num_tokens > request.num_prompt_tokens
+            or missing < max(self._min_tokens, 2)
+        ):
+            return 0, False
+        return missing, True
+
+    def allocated(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
+        """Asks the service for the KV that vLLM has just reserved blocks for."""
+        if num_external_tokens == 0 or request.request_id in self._asked:
+            return
+        self._asked.add(request.request_id)
+        (block_ids,) = blocks.get_block_ids()
+        start = request.num_prompt_tokens - num_external_tokens
+        first, stop = start // self._block_size, -(-request.num_prompt_tokens // self._block_size)
+        key = (request.kv_transfer_params or {})[FetchFrom.KEY]
+        self._link.send(WantKv(request.request_id, key, start, num_external_tokens, block_ids[first:stop]))
+
+    def plan_step(self, output: SchedulerOutput) -> ConsumerPlan:
+        """An empty plan; the step is an occasion to report block counts."""
+        self.report_counts()
+        return ConsumerPlan()
+
+    def finished(self, request: Request) -> bool:
+        """Drops a request that ends while its KV is awaited; vLLM holds its blocks until KvArrived."""
+        if request.request_id in self._asked:
+            self._asked.discard(request.request_id)
+            self._link.send(DropKv(request.request_id))
+        return False
+
+    def report_counts(self) -> None:
+        """Tells the service how many blocks are free."""
+        self._counts.update(self.kv_cache_manager)
+
+    def close(self) -> None:
+        """Closes the link."""
+        self._link.close()
+
+
+class ConsumerWorker:
+    """Worker role of a decode root."""
+
+    def __init__(self, settings: ConnectorSettings, vllm_config: VllmConfig) -> None:
+        from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+
+        self._settings = settings
+        self._config = vllm_config
+        self._shard = get_tensor_model_parallel_rank()
+        self._link = EngineLink(settings.hub, f"worker-{self._shard}")
+        self._kv: SharedKv | None = None
+
+    def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """Shares the cache and starts the mover."""
+        self._kv = SharedKv(kv_caches, self._settings, self._config, self._shard)
+
+    def begin_step(self, plan: Any) -> None:
+        """Nothing to begin."""
+
+    def layer_done(self, layer_name: str) -> None:
+        """Nothing to save."""
+
+    def end_step(self) -> None:
+        """Nothing to commit."""
+
+    def results(self) -> KVConnectorTransferResults:
+        """Requests whose KV is in place or lost. The service sends each exactly once; vLLM dies of repeats."""
+        results = KVConnectorTransferResults()
+        for message in self._link.poll():
+            if isinstance(message, KvArrived):
+                results.finished_recving.add(message.request_id)
+                if not message.ok:
+                    results.failed_recving.add(message.request_id)
+        return results
+
+    def close(self) -> None:
+        """Ends the mover and closes the link."""
+        if self._kv is not None:
+            self._kv.close()
+        self._link.close()

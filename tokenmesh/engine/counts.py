@@ -1,0 +1,27 @@
+"""Tells the service how many KV blocks its scheduler has left."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from tokenmesh.kv.hub import EngineLink
+from tokenmesh.kv.messages import EngineCounts
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+
+
+class CountsReporter:
+    """Sends EngineCounts when they have changed; called once a step, also after the last request has gone."""
+
+    def __init__(self, link: EngineLink) -> None:
+        self._link = link
+        self._last: EngineCounts | None = None
+
+    def update(self, manager: KVCacheManager) -> None:
+        """Reports the pool's state. Cached blocks count as free; vLLM's null block counts as neither."""
+        pool = manager.block_pool
+        counts = EngineCounts(blocks_total=pool.num_gpu_blocks - 1, blocks_free=pool.get_num_free_blocks())
+        if counts != self._last:
+            self._link.send(counts)
+            self._last = counts

@@ -1,0 +1,56 @@
+"""What a service tells the connector inside its engine processes, through vLLM's kv_connector_extra_config."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+class ConnectorSettings(msgspec.Struct, frozen=True):
+    """Plain values, since they cross process boundaries inside VllmConfig."""
+
+    hub: str
+    """ZeroMQ address of the service's LinkHub."""
+    host: str
+    """Address at which peers reach the movers' UCX listeners."""
+    port: int
+    """UCX port of shard 0; 0 picks free ones."""
+    transport: str
+    chunk_bytes: int
+    window: int
+    remote_prefill_min_tokens: int = 1
+    """Consumers only: fewer missing prompt tokens are computed locally."""
+
+    def to_extra_config(self) -> dict[str, Any]:
+        """As kv_connector_extra_config."""
+        return {"tokenmesh": msgspec.to_builtins(self)}
+
+    @classmethod
+    def from_vllm(cls, vllm_config: VllmConfig) -> ConnectorSettings:
+        """Reads them back in an engine process."""
+        return msgspec.convert(vllm_config.kv_transfer_config.kv_connector_extra_config["tokenmesh"], cls)
+
+
+class SendTo(msgspec.Struct, frozen=True):
+    """A KvTarget as a prefill service hands it to its scheduler, inside the request's kv_transfer_params."""
+
+    transfer_id: bytes
+    shards: list[tuple[str, int]]
+    """UCX (host, port) per tensor-parallel shard."""
+    start_token: int
+    num_blocks: int
+
+    KEY = "tokenmesh_send"
+
+
+class FetchFrom(msgspec.Struct, frozen=True):
+    """Marks a request of a decode root whose prompt may be prefilled remotely, inside its kv_transfer_params."""
+
+    request_id: str
+    """The id under which the service knows the request."""
+
+    KEY = "tokenmesh_fetch"

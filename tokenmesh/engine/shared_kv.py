@@ -1,0 +1,121 @@
+"""Puts an engine worker's KV cache into shared memory and starts the mover that serves it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+import torch
+import zmq
+
+from tokenmesh.engine.settings import ConnectorSettings
+from tokenmesh.kv.geometry import BlockGeometry, LayerSpan
+from tokenmesh.kv.messages import ToMover, encode
+from tokenmesh.kv.mover import MoverArgs
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+class UnsupportedKvCacheError(Exception):
+    """This model's KV cache cannot be moved; the message says why."""
+
+
+class SharedKv:
+    """A worker's KV cache, its mover, and the channel to it."""
+
+    def __init__(
+        self, kv_caches: dict[str, torch.Tensor], settings: ConnectorSettings, vllm_config: VllmConfig, shard: int
+    ) -> None:
+        """`kv_caches`: per layer [num_blocks, ...], all views of one storage (vLLM allocates them so)."""
+        self.layers = {name: i for i, name in enumerate(kv_caches)}
+        tensors = list(kv_caches.values())
+        storage = tensors[0].untyped_storage()
+        if any(t.untyped_storage().data_ptr() != storage.data_ptr() for t in tensors):
+            raise UnsupportedKvCacheError("the layers' KV caches do not share one storage")
+        if any(t.shape != tensors[0].shape or t.dtype != tensors[0].dtype for t in tensors):
+            raise UnsupportedKvCacheError("the layers' KV caches differ in shape or dtype")
+        if not tensors[0][0].is_contiguous():
+            raise UnsupportedKvCacheError("a block's bytes are not contiguous")
+        # In place: every view that vLLM holds follows the storage.
+        storage.share_memory_()
+        fd, nbytes = storage._share_fd_cpu_()
+
+        element = tensors[0].element_size()
+        model = vllm_config.model_config
+        self.geometry = BlockGeometry(
+            layers=len(tensors),
+            kv_heads=model.get_num_kv_heads(vllm_config.parallel_config),
+            head_size=model.get_head_size(),
+            block_size=vllm_config.cache_config.block_size,
+            dtype=str(tensors[0].dtype).removeprefix("torch."),
+            block_bytes=tensors[0][0].numel() * element,
+            packing=_packing(vllm_config),
+        )
+        spans = [LayerSpan(t.storage_offset() * element, t.stride(0) * element) for t in tensors]
+        inbox = f"ipc://{Path(tempfile.mkdtemp(prefix='tokenmesh-mover-'))}/inbox"
+        args = MoverArgs(
+            shard=shard,
+            fd=fd,
+            nbytes=nbytes,
+            geometry=self.geometry,
+            spans=spans,
+            hub=settings.hub,
+            inbox=inbox,
+            host=settings.host,
+            port=settings.port + shard if settings.port else 0,
+            transport=settings.transport,
+            chunk_bytes=settings.chunk_bytes,
+            window=settings.window,
+        )
+        os.set_inheritable(fd, True)
+        # Its standard input is our lifeline: when this process ends, however it ends, the pipe closes.
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tokenmesh.kv.mover", msgspec.json.encode(args).decode()],
+            stdin=subprocess.PIPE,
+            pass_fds=(fd,),
+            env=_mover_environment(),
+        )
+        self._context = zmq.Context()
+        self._commands = self._context.socket(zmq.PUSH)
+        self._commands.setsockopt(zmq.LINGER, 0)
+        self._commands.setsockopt(zmq.SNDHWM, 0)
+        self._commands.connect(inbox)
+
+    def command(self, message: ToMover) -> None:
+        """Tells the mover; never blocks."""
+        self._commands.send(encode(message), zmq.NOBLOCK)
+
+    def close(self) -> None:
+        """Ends the mover."""
+        self._context.destroy(linger=0)
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        try:
+            self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+
+
+def _packing(vllm_config: VllmConfig) -> str:
+    """How keys lie inside a block: CPU kernels of different instruction sets pack them differently."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return "row_major"
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    isa = _get_attn_isa(model.dtype, cache.block_size, model.get_head_size(), cache.cache_dtype)
+    return f"cpu_attn/{isa}"
+
+
+def _mover_environment() -> dict[str, str]:
+    # The worker's OpenMP settings pin threads to its cores; the mover must stay clear of them.
+    dropped = ("OMP_", "KMP_", "LD_PRELOAD")
+    return {k: v for k, v in os.environ.items() if not k.startswith(dropped)}

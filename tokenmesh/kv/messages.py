@@ -1,0 +1,190 @@
+"""Messages between a service and its local engine processes and movers, named by receiver.
+
+They never leave the host; typed with msgspec so that both ends agree on them by construction.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from tokenmesh.kv.geometry import BlockGeometry
+
+
+class _Message(msgspec.Struct, frozen=True, tag=True, gc=False):
+    pass
+
+
+# To the mover, from its engine worker (first three) or its service.
+
+
+class OpenSend(_Message):
+    """Prepare to send: connect if need be."""
+
+    transfer_id: bytes
+    host: str
+    port: int
+
+
+class Push(_Message):
+    """Send blocks of one layer. `blocks` are local ids; `first` is the place of the first in the target's list."""
+
+    transfer_id: bytes
+    layer: int
+    first: int
+    blocks: list[int]
+
+
+class Commit(_Message):
+    """Everything was pushed: ask for the owner's receipt and report it."""
+
+    transfer_id: bytes
+
+
+class CancelSend(_Message):
+    """Stop sending. SendDone follows, after which the source blocks may be reused; a done transfer is left alone."""
+
+    transfer_id: bytes
+
+
+class Connect(_Message):
+    """Connect to a peer before the first request needs it. Answered by Connected."""
+
+    host: str
+    port: int
+
+
+class Expect(_Message):
+    """Accept writes into these local blocks under this ticket."""
+
+    transfer_id: bytes
+    blocks: list[int]
+
+
+class Settle(_Message):
+    """Close a ticket. Answered by Settled; later messages that name it are dropped."""
+
+    transfer_id: bytes
+
+
+# To the service.
+
+
+class MoverReady(_Message):
+    """A mover listens."""
+
+    shard: int
+    host: str
+    port: int
+    geometry: BlockGeometry
+
+
+class Connected(_Message):
+    """A pair is connected, or (with an error) is not."""
+
+    host: str
+    port: int
+    error: str
+    transport: str
+    goodput: float
+    """Measured bytes per second; 0 if not measured."""
+
+
+class SendDone(_Message):
+    """A send has ended; its source blocks are no longer read."""
+
+    transfer_id: bytes
+    error: str
+    """Empty if the owner acknowledged everything."""
+    nbytes: int
+    block_layers: int
+    seconds: float
+    exposed_seconds: float
+    transport: str
+
+
+class Settled(_Message):
+    """A ticket is closed; its blocks are no longer written."""
+
+    transfer_id: bytes
+    shard: int
+    complete: bool
+    error: str
+    nbytes: int
+    block_layers: int
+    seconds: float
+    transport: str
+    bad_messages: int
+
+
+class WantKv(_Message):
+    """The scheduler reserved blocks for a prompt and asks for its KV."""
+
+    request_id: str
+    """The engine's internal id."""
+    key: str
+    """The request id that the service gave it."""
+    start_token: int
+    num_tokens: int
+    """Prompt tokens wanted from start_token on."""
+    blocks: list[int]
+
+
+class DropKv(_Message):
+    """The scheduler gave a request up while its KV was awaited."""
+
+    request_id: str
+
+
+class EngineCounts(_Message):
+    """Blocks of a scheduler, sent when they change."""
+
+    blocks_total: int
+    blocks_free: int
+
+
+# To an engine worker.
+
+
+class KvArrived(_Message):
+    """The blocks of a waiting request are in place, or (ok false) will not be."""
+
+    request_id: str
+    ok: bool
+
+
+class KvSent(_Message):
+    """The blocks of a finished prefill may be freed."""
+
+    transfer_id: bytes
+
+
+ToMover = OpenSend | Push | Commit | CancelSend | Connect | Expect | Settle
+ToService = MoverReady | Connected | SendDone | Settled | WantKv | DropKv | EngineCounts
+ToWorker = KvArrived | KvSent
+
+_encoder = msgspec.msgpack.Encoder()
+
+
+def encode(message: Any) -> bytes:
+    """One message as bytes."""
+    return _encoder.encode(message)
+
+
+_decoders = {kind: msgspec.msgpack.Decoder(kind) for kind in (ToMover, ToService, ToWorker)}
+
+
+def to_mover(data: bytes) -> ToMover:
+    """Decodes what a mover receives. Raises msgspec.ValidationError for anything else."""
+    return _decoders[ToMover].decode(data)  # type: ignore[no-any-return]
+
+
+def to_service(data: bytes) -> ToService:
+    """Decodes what a service receives. Raises msgspec.ValidationError for anything else."""
+    return _decoders[ToService].decode(data)  # type: ignore[no-any-return]
+
+
+def to_worker(data: bytes) -> ToWorker:
+    """Decodes what an engine worker receives. Raises msgspec.ValidationError for anything else."""
+    return _decoders[ToWorker].decode(data)  # type: ignore[no-any-return]

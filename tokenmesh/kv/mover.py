@@ -1,0 +1,149 @@
+"""The mover: a small process beside each engine worker that moves KV blocks over UCX.
+
+It is a process of its own because UCX progress and the engine would otherwise fight for one interpreter lock: a busy
+Python thread beside a UCX loop costs it most of its bandwidth. KV memory is shared, so nothing is copied to get here.
+
+Started by the engine worker with the storage's file descriptor inherited; ends when its standard input closes, so it
+cannot outlive the worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from typing import TYPE_CHECKING
+
+import msgspec
+import structlog
+import zmq
+import zmq.asyncio
+
+from tokenmesh.kv import ucx
+from tokenmesh.kv.geometry import BlockGeometry, LayerSpan
+from tokenmesh.kv.memory import KvMemory
+from tokenmesh.kv.messages import (
+    CancelSend,
+    Commit,
+    Connect,
+    Expect,
+    MoverReady,
+    OpenSend,
+    Push,
+    Settle,
+    ToMover,
+    encode,
+    to_mover,
+)
+
+if TYPE_CHECKING:
+    from tokenmesh.kv.receiver import Receiver
+    from tokenmesh.kv.sender import Sender
+
+log = structlog.get_logger()
+
+
+class MoverArgs(msgspec.Struct, frozen=True):
+    """What an engine worker tells its mover; passed as JSON on the command line."""
+
+    shard: int
+    fd: int
+    nbytes: int
+    geometry: BlockGeometry
+    spans: list[LayerSpan]
+    hub: str
+    """ZeroMQ address of the service's LinkHub."""
+    inbox: str
+    """ZeroMQ address to bind for the worker's commands."""
+    host: str
+    port: int
+    transport: str
+    chunk_bytes: int
+    window: int
+
+
+async def _run(args: MoverArgs) -> None:
+    # UCX reads its environment when ucxx is imported.
+    os.environ.update({k: v for k, v in ucx.environment(args.transport).items() if k not in os.environ})
+    import ucxx
+
+    from tokenmesh.kv.receiver import Receiver
+    from tokenmesh.kv.sender import Sender
+
+    ucxx.init(progress_mode="blocking")
+    memory = KvMemory.map(args.fd, args.nbytes, args.geometry, args.spans)
+    context = zmq.asyncio.Context()
+    hub = context.socket(zmq.DEALER)
+    hub.setsockopt(zmq.IDENTITY, f"mover-{args.shard}".encode())
+    hub.setsockopt(zmq.LINGER, 0)
+    hub.connect(args.hub)
+    inbox = context.socket(zmq.PULL)
+    inbox.bind(args.inbox)
+
+    outbox: asyncio.Queue[bytes] = asyncio.Queue()
+
+    def report(message: object) -> None:
+        outbox.put_nowait(encode(message))
+
+    sender = Sender(memory, args.chunk_bytes, args.window, report)
+    receiver = Receiver(args.shard, memory, args.chunk_bytes, args.window, report)
+    listener = ucxx.create_listener(receiver.serve, args.port)
+    report(MoverReady(args.shard, args.host, listener.port, args.geometry))
+    log.info("mover ready", shard=args.shard, host=args.host, port=listener.port)
+
+    async def send_reports() -> None:
+        while True:
+            await hub.send(await outbox.get())
+
+    async def serve(socket: zmq.asyncio.Socket) -> None:
+        while True:
+            _dispatch(to_mover(await socket.recv()), sender, receiver)
+
+    tasks = [asyncio.create_task(send_reports()), asyncio.create_task(serve(hub)), asyncio.create_task(serve(inbox))]
+    stdin_closed = asyncio.Event()
+    asyncio.get_running_loop().add_reader(sys.stdin.fileno(), stdin_closed.set)
+    closed = asyncio.create_task(stdin_closed.wait())
+    done, _ = await asyncio.wait([*tasks, closed], return_when=asyncio.FIRST_COMPLETED)
+    for task in done:
+        task.result()
+    for task in tasks:
+        task.cancel()
+    listener.close()
+    await sender.close()
+    context.destroy(linger=0)
+
+
+_background: set[asyncio.Task[None]] = set()
+
+
+def _dispatch(message: ToMover, sender: Sender, receiver: Receiver) -> None:
+    match message:
+        case Push() | Commit():
+            sender.add(message)
+        case OpenSend(transfer_id, host, port):
+            sender.start(transfer_id, host, port)
+        case CancelSend(transfer_id):
+            sender.cancel(transfer_id)
+        case Expect():
+            receiver.expect(message)
+        case Settle(transfer_id):
+            receiver.settle(transfer_id)
+        case Connect(host, port):
+            task = asyncio.create_task(sender.connect(host, port))
+            _background.add(task)
+            task.add_done_callback(_background.discard)
+
+
+def main() -> None:
+    """Entry point: ``python -m tokenmesh.kv.mover JSON``."""
+    from tokenmesh.logs import setup_logging
+
+    args = msgspec.json.decode(sys.argv[1], type=MoverArgs)
+    setup_logging(os.environ.get("TOKENMESH_MOVER_LOG", "info"), "json", role="mover", shard=args.shard)
+    # The worker that started us is pinned to its cores; we must not compete with it there.
+    os.sched_setaffinity(0, range(os.cpu_count() or 1))
+    asyncio.run(_run(args))
+
+
+if __name__ == "__main__":
+    main()

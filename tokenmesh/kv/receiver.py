@@ -1,0 +1,165 @@
+"""The receiving half of a mover: lets ticket holders write blocks, checks what they write, and says so.
+
+A payload is received into staging memory and copied into its blocks only while its ticket is open. That copy runs to
+its end within one turn of the event loop, and so does settling: a late or repeated message cannot touch a block that
+was given to somebody else, whatever the sender does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import structlog
+
+from tokenmesh.kv import ucx
+from tokenmesh.kv.memory import Buffer, KvMemory
+from tokenmesh.kv.messages import Expect, Settled
+from tokenmesh.kv.wire import HEADER_BYTES, HEADER_TAG, PAYLOAD_TAG, Header, Kind, WireError
+
+log = structlog.get_logger()
+
+
+class _Ticket:
+    """Blocks that one transfer may write once."""
+
+    def __init__(self, blocks: list[int], layers: int) -> None:
+        self.blocks = blocks
+        self.missing = np.ones((layers, len(blocks)), dtype=bool)
+        self.bytes = 0
+        self.bad = 0
+        self.error = ""
+        self.first = 0.0
+        self.last = 0.0
+        self.transport = ""
+
+    @property
+    def complete(self) -> bool:
+        return not self.error and not self.missing.any()
+
+
+class Receiver:
+    """All transfers that arrive at this mover."""
+
+    def __init__(
+        self, shard: int, memory: KvMemory, chunk_bytes: int, window: int, report: Callable[[Settled], None]
+    ) -> None:
+        self._shard = shard
+        self._memory = memory
+        self._report = report
+        self._tickets: dict[bytes, _Ticket] = {}
+        self.counts: Counter[str] = Counter()
+        """Dropped messages by reason: stray, duplicate, corrupt, out_of_range."""
+        # Chunks are cut by the sender at its own block count, but never above the larger of these two.
+        self._limit = max(chunk_bytes, memory.geometry.block_bytes, 4 << 20)
+        self._staging: asyncio.Queue[Buffer] = asyncio.Queue()
+        for _ in range(window):
+            self._staging.put_nowait(np.zeros(self._limit, dtype=np.uint8))
+
+    @property
+    def open(self) -> int:
+        """Tickets not yet settled."""
+        return len(self._tickets)
+
+    def expect(self, message: Expect) -> None:
+        """Opens a ticket."""
+        self._tickets[message.transfer_id] = _Ticket(message.blocks, self._memory.geometry.layers)
+
+    def settle(self, transfer_id: bytes) -> None:
+        """Closes a ticket and reports it; from here on its blocks are not written."""
+        ticket = self._tickets.pop(transfer_id, None)
+        if ticket is None:
+            self._report(Settled(transfer_id, self._shard, False, "unknown transfer", 0, 0, 0.0, "", 0))
+            return
+        error = ticket.error
+        if not error and not ticket.complete:
+            error = f"{int(ticket.missing.sum())} of {ticket.missing.size} block layers did not arrive"
+        self._report(
+            Settled(
+                transfer_id,
+                self._shard,
+                ticket.complete,
+                error,
+                ticket.bytes,
+                int((~ticket.missing).sum()),
+                ticket.last - ticket.first,
+                ticket.transport,
+                ticket.bad,
+            )
+        )
+
+    async def serve(self, endpoint: Any) -> None:
+        """Reads one sender's messages until it goes away. Runs as the listener's callback."""
+        transport = ucx.transports(endpoint.ucp_endpoint)
+        applied: set[asyncio.Task[None]] = set()
+        try:
+            while True:
+                raw = np.empty(HEADER_BYTES, dtype=np.uint8)
+                await endpoint.recv(raw, tag=HEADER_TAG)
+                header = Header.from_buffer(raw)
+                if header.kind is Kind.DATA:
+                    if not 0 < header.length <= self._limit:
+                        raise WireError(f"payload of {header.length} bytes")
+                    staging = await self._staging.get()
+                    # The payload's receive must be posted before the next header's, or order is lost.
+                    task = asyncio.create_task(self._receive(endpoint, header, staging, transport))
+                    applied.add(task)
+                    task.add_done_callback(applied.discard)
+                    await asyncio.sleep(0)
+                elif header.kind is Kind.COMMIT:
+                    await asyncio.gather(*applied)
+                    ticket = self._tickets.get(header.transfer_id)
+                    whole = header.intact() and ticket is not None and ticket.complete
+                    answer = Header(Kind.RECEIPT, header.transfer_id, first=int(whole))
+                    await endpoint.send(answer.sealed().to_buffer(), tag=HEADER_TAG)
+        except asyncio.CancelledError:
+            raise
+        except WireError as error:
+            log.warning("kv sender out of step", error=str(error))
+        except Exception as error:  # noqa: BLE001 - a sender that dies shows as any of a dozen UCX errors
+            log.info("kv sender gone", error=f"{type(error).__name__}: {error}")
+        finally:
+            await asyncio.gather(*applied, return_exceptions=True)
+            endpoint.abort()
+
+    async def _receive(self, endpoint: Any, header: Header, staging: Buffer, transport: str) -> None:
+        try:
+            payload = staging[: header.length]
+            await endpoint.recv(payload, tag=PAYLOAD_TAG)
+            self._apply(header, payload, transport)
+        finally:
+            self._staging.put_nowait(staging)
+
+    def _apply(self, header: Header, payload: Buffer, transport: str) -> None:
+        """Copies a payload into its blocks, or drops and counts it. Never awaits: see the module's docstring."""
+        ticket = self._tickets.get(header.transfer_id)
+        if ticket is None:
+            self.counts["probe" if header.transfer_id == bytes(16) else "stray"] += 1
+            return
+        now = time.monotonic()
+        ticket.first, ticket.last, ticket.transport = ticket.first or now, now, transport
+        geometry = self._memory.geometry
+        stop = header.first + header.blocks
+        if not header.intact(payload):
+            ticket.error = f"message {header.sequence} is corrupt"
+            reason = "corrupt"
+        elif (
+            header.layer >= geometry.layers
+            or stop > len(ticket.blocks)
+            or header.length != header.blocks * geometry.block_bytes
+        ):
+            ticket.error = f"message {header.sequence} points outside its ticket"
+            reason = "out_of_range"
+        elif not ticket.missing[header.layer, header.first : stop].all():
+            reason = "duplicate"
+        else:
+            self._memory.scatter(header.layer, ticket.blocks[header.first : stop], payload)
+            ticket.missing[header.layer, header.first : stop] = False
+            ticket.bytes += header.length
+            return
+        ticket.bad += 1
+        self.counts[reason] += 1

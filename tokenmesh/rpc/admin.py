@@ -1,0 +1,65 @@
+"""AdminService, the same for every service: each brings a function that describes it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+
+from tokenmesh import __version__
+from tokenmesh.lifecycle import RequestTable
+from tokenmesh.rpc.errors import MeshError, Reason
+from tokenmesh.rpc.server import Context, RpcServer
+from tokenmesh.v1 import admin_pb2, admin_pb2_grpc
+
+
+class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
+    """See admin.proto."""
+
+    def __init__(
+        self,
+        server: RpcServer,
+        requests: RequestTable,
+        describe: Callable[[], admin_pb2.GetStatusResponse],
+        reset_prefix_cache: Callable[[], Awaitable[bool]] | None = None,
+    ) -> None:
+        """`describe` fills in everything but version and uptime. Adds itself to `server`."""
+        self._server = server
+        self._requests = requests
+        self._describe = describe
+        self._reset = reset_prefix_cache
+        self._started = time.monotonic()
+        admin_pb2_grpc.add_AdminServiceServicer_to_server(self, server.server)
+        server.add(admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name)
+
+    async def GetStatus(
+        self, request: admin_pb2.GetStatusRequest, context: Context[Any, Any]
+    ) -> admin_pb2.GetStatusResponse:
+        """See admin.proto."""
+        status = self._describe()
+        status.version = __version__
+        status.uptime_seconds = time.monotonic() - self._started
+        for name, count in self._requests.outcomes.items():
+            status.counters[name] = count
+        return status
+
+    async def Drain(self, request: admin_pb2.DrainRequest, context: Context[Any, Any]) -> admin_pb2.DrainResponse:
+        """See admin.proto."""
+        self._requests.draining = True
+        await self._server.not_ready()
+        remaining = context.time_remaining()
+        deadline = time.monotonic() + (remaining - 0.5 if remaining is not None else 30.0)
+        while len(self._requests) and time.monotonic() < deadline:  # noqa: ASYNC110 - a drain is rare and slow
+            await asyncio.sleep(0.05)
+        return admin_pb2.DrainResponse(remaining=len(self._requests))
+
+    async def ResetPrefixCache(
+        self, request: admin_pb2.ResetPrefixCacheRequest, context: Context[Any, Any]
+    ) -> admin_pb2.ResetPrefixCacheResponse:
+        """See admin.proto."""
+        if len(self._requests) or (self._reset is not None and not await self._reset()):
+            raise MeshError(grpc.StatusCode.FAILED_PRECONDITION, Reason.BUSY, "blocks are still in use")
+        return admin_pb2.ResetPrefixCacheResponse()

@@ -1,0 +1,86 @@
+"""Errors that cross services: a canonical gRPC code and a stable reason, with details a program can read."""
+
+from __future__ import annotations
+
+import enum
+from typing import NoReturn
+
+import grpc
+from google.protobuf import any_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+DOMAIN = "tokenmesh"
+
+
+class Reason(enum.StrEnum):
+    """Every reason a call may be refused or fail with. Stable: clients switch on these."""
+
+    EMPTY_PROMPT = "EMPTY_PROMPT"
+    PROMPT_TOO_LONG = "PROMPT_TOO_LONG"
+    TOKEN_OUT_OF_VOCABULARY = "TOKEN_OUT_OF_VOCABULARY"
+    BAD_SAMPLING_PARAMS = "BAD_SAMPLING_PARAMS"
+    BAD_TARGET = "BAD_TARGET"
+    BAD_REQUEST = "BAD_REQUEST"
+    MODEL_NOT_FOUND = "MODEL_NOT_FOUND"
+    DUPLICATE_REQUEST = "DUPLICATE_REQUEST"
+    GEOMETRY_MISMATCH = "GEOMETRY_MISMATCH"
+    QUEUE_FULL = "QUEUE_FULL"
+    NO_CREDIT = "NO_CREDIT"
+    DRAINING = "DRAINING"
+    BUSY = "BUSY"
+    ENGINE_DEAD = "ENGINE_DEAD"
+    KV_OWNER_UNREACHABLE = "KV_OWNER_UNREACHABLE"
+    KV_TRANSFER_FAILED = "KV_TRANSFER_FAILED"
+    NO_DECODE_ROOT = "NO_DECODE_ROOT"
+    BAD_API_KEY = "BAD_API_KEY"
+    DEADLINE_MISSING = "DEADLINE_MISSING"
+    DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
+    INTERNAL = "INTERNAL"
+
+
+class MeshError(Exception):
+    """A refusal or failure that the caller is told about as it is."""
+
+    def __init__(self, code: grpc.StatusCode, reason: Reason, message: str, **metadata: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.reason = reason
+        self.message = message
+        self.metadata = metadata
+
+    def to_status(self) -> status_pb2.Status:
+        """As google.rpc.Status with one ErrorInfo."""
+        detail = any_pb2.Any()
+        detail.Pack(error_details_pb2.ErrorInfo(reason=self.reason.value, domain=DOMAIN, metadata=self.metadata))
+        code = code_pb2.Code.Value(self.code.name if self.code.name != "OK" else "INTERNAL")
+        return status_pb2.Status(code=code, message=self.message, details=[detail])
+
+    @classmethod
+    def from_rpc(cls, error: grpc.aio.AioRpcError) -> MeshError:
+        """What a peer answered. Without an ErrorInfo of ours (peer down, deadline) the code decides the reason."""
+        status = rpc_status.from_call(error)  # type: ignore[arg-type]
+        for detail in status.details if status is not None else ():
+            info = error_details_pb2.ErrorInfo()
+            if detail.Unpack(info) and info.domain == DOMAIN and info.reason in Reason.__members__:
+                return cls(error.code(), Reason(info.reason), error.details() or "", **dict(info.metadata))
+        reason = Reason.DEADLINE_EXCEEDED if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED else Reason.INTERNAL
+        return cls(error.code(), reason, error.details() or error.code().name)
+
+
+def invalid(reason: Reason, message: str, **metadata: str) -> MeshError:
+    """INVALID_ARGUMENT; put the offending field into `param`."""
+    return MeshError(grpc.StatusCode.INVALID_ARGUMENT, reason, message, **metadata)
+
+
+def unavailable(reason: Reason, message: str) -> MeshError:
+    """UNAVAILABLE: try again, perhaps elsewhere."""
+    return MeshError(grpc.StatusCode.UNAVAILABLE, reason, message)
+
+
+async def abort(context: grpc.aio.ServicerContext[object, object], error: MeshError) -> NoReturn:
+    """Ends an RPC with a rich status."""
+    status = rpc_status.to_status(error.to_status())
+    context.set_trailing_metadata(status.trailing_metadata)
+    await context.abort(status.code, status.details)
+    raise AssertionError("abort returns never")

@@ -1,0 +1,118 @@
+"""The gRPC server that every service runs: health, reflection, request context, and errors as rich statuses."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from tokenmesh.context import WorkContext, bind
+from tokenmesh.rpc.channel import SERVER_OPTIONS
+from tokenmesh.rpc.errors import MeshError, Reason, abort
+
+log = structlog.get_logger()
+
+Context = grpc.aio.ServicerContext
+
+
+class PortInUseError(Exception):
+    """The address cannot be bound; the message is one line fit for an operator."""
+
+
+class _Interceptor(grpc.aio.ServerInterceptor):
+    """Binds the request's context and turns exceptions into statuses: ours as they are, others into INTERNAL."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
+        details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        handler = await continuation(details)
+        if handler is None or details.method.startswith("/grpc."):
+            return handler
+        headers = {k: v for k, v in details.invocation_metadata or () if isinstance(v, str)}
+        codecs = (handler.request_deserializer, handler.response_serializer)
+
+        if handler.unary_unary:
+
+            async def unary(request: Any, context: Context[Any, Any]) -> Any:
+                with bind(WorkContext.from_headers(headers, getattr(request, "request_id", ""))):
+                    try:
+                        return await handler.unary_unary(request, context)
+                    except Exception as error:  # noqa: BLE001 - the last resort before the wire
+                        await _fail(context, details.method, error)
+
+            return grpc.unary_unary_rpc_method_handler(unary, *codecs)
+        if handler.unary_stream:
+
+            async def stream(request: Any, context: Context[Any, Any]) -> AsyncIterator[Any]:
+                # Each RPC runs in a task of its own, so the binding ends with it even if the generator is dropped.
+                bound = contextlib.ExitStack()
+                bound.enter_context(bind(WorkContext.from_headers(headers, getattr(request, "request_id", ""))))
+                try:
+                    async for response in handler.unary_stream(request, context):
+                        yield response
+                except Exception as error:  # noqa: BLE001 - the last resort before the wire
+                    await _fail(context, details.method, error)
+
+            return grpc.unary_stream_rpc_method_handler(stream, *codecs)
+        return handler
+
+
+async def _fail(context: Context[Any, Any], method: str, error: Exception) -> None:
+    if isinstance(error, grpc.aio.AbortError):
+        raise error
+    if isinstance(error, MeshError):
+        log.info("call refused", method=method, reason=error.reason.value, error=error.message)
+        await abort(context, error)
+    log.error("call failed", method=method, exc_info=error)
+    await abort(context, MeshError(grpc.StatusCode.INTERNAL, Reason.INTERNAL, "internal error"))
+
+
+class RpcServer:
+    """One listener with health and reflection. Starts NOT_SERVING; `ready()` once the service can work."""
+
+    def __init__(self, host: str, port: int) -> None:
+        self.address = f"{host}:{port}"
+        self.server = grpc.aio.server(interceptors=[_Interceptor()], options=SERVER_OPTIONS)
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
+        self._names = [health.SERVICE_NAME, reflection.SERVICE_NAME]
+
+    def add(self, name: str) -> None:
+        """Names a service for health and reflection; its servicer is added to `server` with the generated function."""
+        self._names.append(name)
+
+    async def start(self) -> None:
+        """Binds and serves. Raises PortInUseError."""
+        reflection.enable_server_reflection(self._names, self.server)
+        try:
+            self.server.add_insecure_port(self.address)
+        except RuntimeError as error:
+            raise PortInUseError(f"cannot listen on {self.address}: the port is in use or not ours") from error
+        await self._set(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self.server.start()
+
+    async def ready(self) -> None:
+        """Turns health to SERVING."""
+        await self._set(health_pb2.HealthCheckResponse.SERVING)
+
+    async def not_ready(self) -> None:
+        """Turns health to NOT_SERVING; running calls go on."""
+        await self._set(health_pb2.HealthCheckResponse.NOT_SERVING)
+
+    async def _set(self, status: Any) -> None:
+        for name in ("", *self._names):
+            await self._health.set(name, status)
+
+    async def stop(self, grace: float) -> None:
+        """Refuses new calls, waits up to `grace` seconds for running ones, then cancels them."""
+        await self._health.enter_graceful_shutdown()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self.server.stop(grace)
