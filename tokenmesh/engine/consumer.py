@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorTransferResults
 
 from tokenmesh.engine.counts import CountsReporter
-from tokenmesh.engine.settings import ConnectorSettings, FetchFrom
+from tokenmesh.engine.settings import IDLE_WAIT_S, ConnectorSettings, FetchFrom
 from tokenmesh.engine.shared_kv import SharedKv
 from tokenmesh.kv.hub import EngineLink
 from tokenmesh.kv.messages import DropKv, KvArrived, WantKv
@@ -26,7 +26,11 @@ if TYPE_CHECKING:
 
 
 class ConsumerPlan(KVConnectorMetadata):
-    """Scheduler half → worker half: nothing, as the service tells the workers itself."""
+    """Scheduler half → worker half; what has arrived the service tells the workers itself."""
+
+    def __init__(self, idle: bool = False) -> None:
+        self.idle = idle
+        """The step computes nothing."""
 
 
 class ConsumerScheduler:
@@ -66,9 +70,9 @@ class ConsumerScheduler:
         self._link.send(WantKv(request.request_id, key, start, num_external_tokens, block_ids[first:stop]))
 
     def plan_step(self, output: SchedulerOutput) -> ConsumerPlan:
-        """An empty plan; the step is an occasion to report block counts."""
+        """Hardly a plan; the step is an occasion to report block counts."""
         self.report_counts()
-        return ConsumerPlan()
+        return ConsumerPlan(idle=output.total_num_scheduled_tokens == 0)
 
     def finished(self, request: Request) -> bool:
         """Drops a request that ends while its KV is awaited; vLLM holds its blocks until KvArrived."""
@@ -97,13 +101,16 @@ class ConsumerWorker:
         self._shard = get_tensor_model_parallel_rank()
         self._link = EngineLink(settings.hub, f"worker-{self._shard}")
         self._kv: SharedKv | None = None
+        self._wait = 0.0
 
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Shares the cache and starts the mover."""
         self._kv = SharedKv(kv_caches, self._settings, self._config, self._shard)
 
     def begin_step(self, plan: Any) -> None:
-        """Nothing to begin."""
+        """Notes whether there is anything to compute."""
+        assert isinstance(plan, ConsumerPlan)
+        self._wait = IDLE_WAIT_S if plan.idle else 0.0
 
     def layer_done(self, layer_name: str) -> None:
         """Nothing to save."""
@@ -114,7 +121,7 @@ class ConsumerWorker:
     def results(self) -> KVConnectorTransferResults:
         """Requests whose KV is in place or lost. The service sends each exactly once; vLLM dies of repeats."""
         results = KVConnectorTransferResults()
-        for message in self._link.poll():
+        for message in self._link.poll(self._wait):
             if isinstance(message, KvArrived):
                 results.finished_recving.add(message.request_id)
                 if not message.ok:

@@ -12,7 +12,7 @@ import msgspec
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorTransferResults
 
 from tokenmesh.engine.counts import CountsReporter
-from tokenmesh.engine.settings import ConnectorSettings, SendTo
+from tokenmesh.engine.settings import IDLE_WAIT_S, ConnectorSettings, SendTo
 from tokenmesh.engine.shared_kv import SharedKv
 from tokenmesh.kv.hub import EngineLink
 from tokenmesh.kv.messages import CancelSend, Commit, KvSent, OpenSend, Push
@@ -50,6 +50,8 @@ class ProducerPlan(KVConnectorMetadata):
         self.released: list[tuple[bytes, str]] = []
         """(transfer id, engine request id) whose blocks wait for the mover."""
         self.cancelled: list[bytes] = []
+        self.idle = False
+        """The step computes nothing."""
 
 
 class _Sending:
@@ -95,6 +97,7 @@ class ProducerScheduler:
             self._plan_request(req_id, computed, output)
         self.report_counts()
         plan, self._plan = self._plan, ProducerPlan()
+        plan.idle = output.total_num_scheduled_tokens == 0
         return plan
 
     def _plan_request(self, req_id: str, computed: int, output: SchedulerOutput) -> None:
@@ -156,6 +159,7 @@ class ProducerWorker:
         self._link = EngineLink(settings.hub, f"worker-{self._shard}")
         self._kv: SharedKv | None = None
         self._plan = ProducerPlan()
+        self._idle = False
         self._open: set[bytes] = set()
         self._sent: set[bytes] = set()
         self._released: dict[bytes, str] = {}
@@ -174,6 +178,7 @@ class ProducerWorker:
         """Opens new transfers and sends what is in the cache already."""
         assert isinstance(plan, ProducerPlan)
         self._plan = plan
+        self._idle = plan.idle
         for transfer_id in plan.cancelled:
             self.kv.command(CancelSend(transfer_id))
         for transfer_id, req_id in plan.released:
@@ -205,7 +210,7 @@ class ProducerWorker:
 
     def results(self) -> KVConnectorTransferResults:
         """Requests whose blocks the mover has let go of; each is reported once, and only after its release."""
-        for message in self._link.poll():
+        for message in self._link.poll(IDLE_WAIT_S if self._idle else 0.0):
             if isinstance(message, KvSent) and message.transfer_id in self._open:
                 self._sent.add(message.transfer_id)
         ready = self._sent & self._released.keys()

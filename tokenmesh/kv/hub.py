@@ -78,9 +78,11 @@ class EngineLink:
         """Sends without waiting."""
         self._socket.send(encode(message), zmq.NOBLOCK)
 
-    def poll(self) -> list[ToWorker]:
-        """Everything that has arrived."""
+    def poll(self, wait_s: float = 0.0) -> list[ToWorker]:
+        """Everything that has arrived; waits up to `wait_s` for a first message."""
         messages: list[ToWorker] = []
+        if wait_s:
+            self._socket.poll(int(wait_s * 1000))
         with contextlib.suppress(zmq.Again):
             while True:
                 messages.append(to_worker(self._socket.recv(zmq.NOBLOCK)))

@@ -19,7 +19,7 @@ import structlog
 import zmq
 import zmq.asyncio
 
-from tokenmesh.kv import ucx
+from tokenmesh.kv import transports
 from tokenmesh.kv.geometry import BlockGeometry, LayerSpan
 from tokenmesh.kv.memory import KvMemory
 from tokenmesh.kv.messages import (
@@ -63,14 +63,13 @@ class MoverArgs(msgspec.Struct, frozen=True):
 
 
 async def _run(args: MoverArgs) -> None:
-    # UCX reads its environment when ucxx is imported.
-    os.environ.update({k: v for k, v in ucx.environment(args.transport).items() if k not in os.environ})
-    import ucxx
-
+    # UCX reads its environment on import.
+    os.environ.update({k: v for k, v in transports.environment(args.transport).items() if k not in os.environ})
     from tokenmesh.kv.receiver import Receiver
     from tokenmesh.kv.sender import Sender
+    from tokenmesh.kv.ucx import UcxWorker
 
-    ucxx.init(progress_mode="blocking")
+    worker = UcxWorker()
     memory = KvMemory.map(args.fd, args.nbytes, args.geometry, args.spans)
     context = zmq.asyncio.Context()
     hub = context.socket(zmq.DEALER)
@@ -85,11 +84,11 @@ async def _run(args: MoverArgs) -> None:
     def report(message: object) -> None:
         outbox.put_nowait(encode(message))
 
-    sender = Sender(memory, args.chunk_bytes, args.window, report)
+    sender = Sender(worker, memory, args.chunk_bytes, args.window, report)
     receiver = Receiver(args.shard, memory, args.chunk_bytes, args.window, report)
-    listener = ucxx.create_listener(receiver.serve, args.port)
-    report(MoverReady(args.shard, args.host, listener.port, args.geometry))
-    log.info("mover ready", shard=args.shard, host=args.host, port=listener.port)
+    port = worker.listen(args.port, receiver.serve)
+    report(MoverReady(args.shard, args.host, port, args.geometry))
+    log.info("mover ready", host=args.host, port=port)
 
     async def send_reports() -> None:
         while True:
@@ -108,8 +107,8 @@ async def _run(args: MoverArgs) -> None:
         task.result()
     for task in tasks:
         task.cancel()
-    listener.close()
     await sender.close()
+    worker.close()
     context.destroy(linger=0)
 
 

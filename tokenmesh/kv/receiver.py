@@ -11,15 +11,14 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import structlog
 
-from tokenmesh.kv import ucx
 from tokenmesh.kv.memory import Buffer, KvMemory
 from tokenmesh.kv.messages import Expect, Settled
-from tokenmesh.kv.wire import HEADER_BYTES, HEADER_TAG, PAYLOAD_TAG, Header, Kind, WireError
+from tokenmesh.kv.ucx import UcxEndpoint, UcxError
+from tokenmesh.kv.wire import HEADER_BYTES, HEADER_CHANNEL, PAYLOAD_CHANNEL, Header, Kind, WireError
 
 log = structlog.get_logger()
 
@@ -92,45 +91,40 @@ class Receiver:
             )
         )
 
-    async def serve(self, endpoint: Any) -> None:
-        """Reads one sender's messages until it goes away. Runs as the listener's callback."""
-        transport = ucx.transports(endpoint.ucp_endpoint)
+    async def serve(self, endpoint: UcxEndpoint) -> None:
+        """Reads one sender's messages until it goes away; the caller closes the endpoint."""
         applied: set[asyncio.Task[None]] = set()
+        raw = np.empty(HEADER_BYTES, dtype=np.uint8)
         try:
             while True:
-                raw = np.empty(HEADER_BYTES, dtype=np.uint8)
-                await endpoint.recv(raw, tag=HEADER_TAG)
+                await endpoint.recv(raw, HEADER_CHANNEL)
                 header = Header.from_buffer(raw)
                 if header.kind is Kind.DATA:
                     if not 0 < header.length <= self._limit:
                         raise WireError(f"payload of {header.length} bytes")
                     staging = await self._staging.get()
-                    # The payload's receive must be posted before the next header's, or order is lost.
-                    task = asyncio.create_task(self._receive(endpoint, header, staging, transport))
+                    # Submitted here and now: payloads must be received in the order of their headers.
+                    received = endpoint.recv(staging[: header.length], PAYLOAD_CHANNEL, bulk=True)
+                    task = asyncio.create_task(self._receive(received, header, staging, endpoint.transport))
                     applied.add(task)
                     task.add_done_callback(applied.discard)
-                    await asyncio.sleep(0)
                 elif header.kind is Kind.COMMIT:
                     await asyncio.gather(*applied)
                     ticket = self._tickets.get(header.transfer_id)
                     whole = header.intact() and ticket is not None and ticket.complete
                     answer = Header(Kind.RECEIPT, header.transfer_id, first=int(whole))
-                    await endpoint.send(answer.sealed().to_buffer(), tag=HEADER_TAG)
-        except asyncio.CancelledError:
-            raise
+                    await endpoint.send(answer.sealed().to_buffer(), HEADER_CHANNEL)
         except WireError as error:
             log.warning("kv sender out of step", error=str(error))
-        except Exception as error:  # noqa: BLE001 - a sender that dies shows as any of a dozen UCX errors
-            log.info("kv sender gone", error=f"{type(error).__name__}: {error}")
+        except UcxError as error:
+            log.info("kv sender gone", error=str(error))
         finally:
             await asyncio.gather(*applied, return_exceptions=True)
-            endpoint.abort()
 
-    async def _receive(self, endpoint: Any, header: Header, staging: Buffer, transport: str) -> None:
+    async def _receive(self, received: asyncio.Future[None], header: Header, staging: Buffer, transport: str) -> None:
         try:
-            payload = staging[: header.length]
-            await endpoint.recv(payload, tag=PAYLOAD_TAG)
-            self._apply(header, payload, transport)
+            await received
+            self._apply(header, staging[: header.length], transport)
         finally:
             self._staging.put_nowait(staging)
 

@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 import structlog
-import ucxx
 
-from tokenmesh.kv import ucx
 from tokenmesh.kv.memory import Buffer, KvMemory
 from tokenmesh.kv.messages import Commit, Connected, Push, SendDone
-from tokenmesh.kv.wire import HEADER_BYTES, HEADER_TAG, PAYLOAD_TAG, Header, Kind
+from tokenmesh.kv.ucx import UcxEndpoint, UcxError, UcxWorker
+from tokenmesh.kv.wire import HEADER_BYTES, HEADER_CHANNEL, PAYLOAD_CHANNEL, Header, Kind, WireError
 
 log = structlog.get_logger()
 
@@ -31,8 +30,8 @@ class SendError(Exception):
 class Peer:
     """One connected owner. Sends in order, at most `window` payloads in flight; routes receipts to transfers."""
 
-    def __init__(self, endpoint: Any, window: int) -> None:
-        self.transport = ucx.transports(endpoint.ucp_endpoint)
+    def __init__(self, endpoint: UcxEndpoint, window: int) -> None:
+        self.transport = endpoint.transport
         self._endpoint = endpoint
         self._window = asyncio.Semaphore(window)
         self._receipts: dict[bytes, asyncio.Future[Header]] = {}
@@ -49,9 +48,9 @@ class Peer:
         if self.failure is not None:
             raise self.failure
         async with self._window:
-            parts = [asyncio.ensure_future(self._endpoint.send(header.to_buffer(), tag=HEADER_TAG))]
+            parts = [self._endpoint.send(header.to_buffer(), HEADER_CHANNEL)]
             if payload is not None:
-                parts.append(asyncio.ensure_future(self._endpoint.send(payload, tag=PAYLOAD_TAG)))
+                parts.append(self._endpoint.send(payload, PAYLOAD_CHANNEL, bulk=True))
             await asyncio.gather(*parts)
 
     async def receipt(self, transfer_id: bytes) -> Header:
@@ -66,15 +65,13 @@ class Peer:
         buffer = np.empty(HEADER_BYTES, dtype=np.uint8)
         try:
             while True:
-                await self._endpoint.recv(buffer, tag=HEADER_TAG)
+                await self._endpoint.recv(buffer, HEADER_CHANNEL)
                 header = Header.from_buffer(buffer)
                 future = self._receipts.get(header.transfer_id)
                 if header.kind is Kind.RECEIPT and future is not None and not future.done():
                     future.set_result(header)
-        except asyncio.CancelledError:
-            raise
-        except Exception as error:  # noqa: BLE001 - whatever UCX says, the pair is broken and its transfers must hear it
-            self.failure = SendError(f"lost the KV owner: {type(error).__name__}: {error}")
+        except (UcxError, WireError) as error:
+            self.failure = SendError(f"lost the KV owner: {error}")
             for future in self._receipts.values():
                 if not future.done():
                     future.set_exception(self.failure)
@@ -83,7 +80,7 @@ class Peer:
         """Closes the endpoint; transfers still using it fail."""
         self._reader.cancel()
         await asyncio.gather(self._reader, return_exceptions=True)
-        await self._endpoint.close()
+        self._endpoint.close()
 
 
 @dataclass
@@ -102,8 +99,14 @@ class Sender:
     """All transfers that leave this mover."""
 
     def __init__(
-        self, memory: KvMemory, chunk_bytes: int, window: int, report: Callable[[SendDone | Connected], None]
+        self,
+        worker: UcxWorker,
+        memory: KvMemory,
+        chunk_bytes: int,
+        window: int,
+        report: Callable[[SendDone | Connected], None],
     ) -> None:
+        self._worker = worker
         self._memory = memory
         self._window = window
         self._report = report
@@ -133,8 +136,8 @@ class Sender:
 
     async def _connect(self, host: str, port: int) -> Peer:
         try:
-            endpoint = await ucxx.create_endpoint(host, port)
-        except Exception as error:
+            endpoint = await self._worker.connect(host, port)
+        except UcxError as error:
             raise SendError(f"cannot reach the KV owner at {host}:{port}: {error}") from error
         peer = Peer(endpoint, self._window)
         peer.goodput = await _probe(peer)

@@ -20,8 +20,8 @@ _LAYOUT = struct.Struct("<IHH16sIIIIQQ")
 HEADER_BYTES = _LAYOUT.size
 _MAGIC = 0x544B4D31
 
-HEADER_TAG = 1
-PAYLOAD_TAG = 2
+HEADER_CHANNEL = 1
+PAYLOAD_CHANNEL = 2
 
 
 class WireError(Exception):
