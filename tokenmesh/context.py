@@ -70,6 +70,12 @@ def bind(work: WorkContext) -> Iterator[WorkContext]:
             _current.reset(token)
 
 
+def adopt(work: WorkContext) -> None:
+    """Makes `work` current for the rest of this task: for generators, whose end may come in another context."""
+    _current.set(work)
+    structlog.contextvars.bind_contextvars(request_id=work.request_id, trace_id=work.trace_id)
+
+
 def outgoing_metadata() -> list[tuple[str, str]]:
     """gRPC metadata for a call made on behalf of the current work."""
     work = current()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import enum
 import importlib
-import os
 import signal
 import sys
 from pathlib import Path
@@ -43,8 +42,6 @@ def serve(role: ServiceRole, config: Path | None, replica: int) -> int:
         print(f"tokenmesh: {error}", file=sys.stderr)
         return 2
     setup_logging(mesh.log.level, mesh.log.format, role=role.value, replica=replica)
-    # Children of this process log through vLLM's own configuration otherwise.
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "DEBUG" if mesh.log.level == "debug" else "WARNING")
     # Imported late: a gateway must not pay for engines, nor a bad configuration for any of them.
     module = importlib.import_module(_MODULES[role])
 

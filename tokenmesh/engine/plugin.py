@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+import multiprocessing
+
+from tokenmesh.logs import setup_inherited_logging
+
 
 def register() -> None:
-    """Makes TokenParallelKVConnector known by name. Idempotent: vLLM calls it in every process, perhaps twice."""
+    """Makes TokenParallelKVConnector known by name, and logs readable. Idempotent: vLLM calls it in every process."""
+    if not logging.getLogger().handlers:
+        # An engine process: its service has set up the parent's logging only.
+        setup_inherited_logging(process=multiprocessing.current_process().name)
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
     if "TokenParallelKVConnector" not in KVConnectorFactory._registry:

@@ -35,6 +35,7 @@ from tokenmesh.kv.messages import (
     encode,
     to_mover,
 )
+from tokenmesh.logs import setup_inherited_logging
 
 if TYPE_CHECKING:
     from tokenmesh.kv.receiver import Receiver
@@ -64,7 +65,8 @@ class MoverArgs(msgspec.Struct, frozen=True):
 
 async def _run(args: MoverArgs) -> None:
     # UCX reads its environment on import.
-    os.environ.update({k: v for k, v in transports.environment(args.transport).items() if k not in os.environ})
+    settings = {"UCX_WARN_UNUSED_ENV_VARS": "n", **transports.environment(args.transport)}
+    os.environ.update({k: v for k, v in settings.items() if k not in os.environ})
     from tokenmesh.kv.receiver import Receiver
     from tokenmesh.kv.sender import Sender
     from tokenmesh.kv.ucx import UcxWorker
@@ -135,10 +137,8 @@ def _dispatch(message: ToMover, sender: Sender, receiver: Receiver) -> None:
 
 def main() -> None:
     """Entry point: ``python -m tokenmesh.kv.mover JSON``."""
-    from tokenmesh.logs import setup_logging
-
     args = msgspec.json.decode(sys.argv[1], type=MoverArgs)
-    setup_logging(os.environ.get("TOKENMESH_MOVER_LOG", "info"), "json", role="mover", shard=args.shard)
+    setup_inherited_logging(process="mover", shard=args.shard)
     # The worker that started us is pinned to its cores; we must not compete with it there.
     os.sched_setaffinity(0, range(os.cpu_count() or 1))
     asyncio.run(_run(args))

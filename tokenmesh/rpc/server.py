@@ -12,7 +12,7 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from tokenmesh.context import WorkContext, bind
+from tokenmesh.context import WorkContext, adopt, bind
 from tokenmesh.rpc.channel import SERVER_OPTIONS
 from tokenmesh.rpc.errors import MeshError, Reason, abort
 
@@ -52,9 +52,8 @@ class _Interceptor(grpc.aio.ServerInterceptor):
         if handler.unary_stream:
 
             async def stream(request: Any, context: Context[Any, Any]) -> AsyncIterator[Any]:
-                # Each RPC runs in a task of its own, so the binding ends with it even if the generator is dropped.
-                bound = contextlib.ExitStack()
-                bound.enter_context(bind(WorkContext.from_headers(headers, getattr(request, "request_id", ""))))
+                # Each RPC runs in a task of its own; a dropped generator could not undo a binding.
+                adopt(WorkContext.from_headers(headers, getattr(request, "request_id", "")))
                 try:
                     async for response in handler.unary_stream(request, context):
                         yield response

@@ -198,7 +198,8 @@ def _response(output: RequestOutput) -> decode_pb2.GenerateResponse:
     response = decode_pb2.GenerateResponse(token_ids=completion.token_ids)
     if completion.logprobs is not None:
         response.logprobs.CopyFrom(logprobs_to_proto(completion.logprobs))
-    if output.prompt_logprobs is not None:
+    # Sent once; vLLM repeats an empty list afterwards.
+    if output.prompt_logprobs:
         response.prompt_logprobs.CopyFrom(logprobs_to_proto(output.prompt_logprobs))
     if completion.finish_reason is not None:
         response.finish_reason = _FINISH[completion.finish_reason]

@@ -1,0 +1,102 @@
+"""vLLM's own front end over a mesh: everything between an OpenAI request and tokens is stock."""
+
+from __future__ import annotations
+
+import asyncio
+from http import HTTPStatus
+from typing import Any
+
+import grpc
+from vllm.config import VllmConfig
+from vllm.exceptions import GracefulHTTPError, VLLMClientError, VLLMValidationError
+from vllm.renderers import renderer_from_config
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.engine.input_processor import InputProcessor
+from vllm.v1.engine.output_processor import OutputProcessor
+from vllm.v1.metrics.loggers import StatLoggerManager
+
+from services.gateway.mesh_core import MeshCore
+from services.gateway.router import Router
+from tokenmesh.config import GatewayConfig
+from tokenmesh.lifecycle import RequestTable
+from tokenmesh.rpc.errors import MeshError
+
+_HTTP = {
+    grpc.StatusCode.RESOURCE_EXHAUSTED: HTTPStatus.TOO_MANY_REQUESTS,
+    grpc.StatusCode.UNAVAILABLE: HTTPStatus.SERVICE_UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED: HTTPStatus.GATEWAY_TIMEOUT,
+    grpc.StatusCode.ALREADY_EXISTS: HTTPStatus.CONFLICT,
+}
+
+
+class MeshEngineClient(AsyncLLM):
+    """AsyncLLM whose engine core is a mesh. Holds a tokenizer and no weights."""
+
+    def __init__(self, vllm_config: VllmConfig, config: GatewayConfig, router: Router, requests: RequestTable) -> None:
+        # Not super().__init__(): it would start an engine process. What follows is the rest of it.
+        self.vllm_config = vllm_config
+        self.model_config = vllm_config.model_config
+        self.scheduler_config = vllm_config.scheduler_config
+        self.observability_config = vllm_config.observability_config
+        self.log_requests = False
+        self.log_stats = True
+        self.renderer = renderer_from_config(vllm_config)
+        self.input_processor = InputProcessor(vllm_config, self.renderer)
+        self.admission_stats = None
+        self.output_processor = OutputProcessor(
+            self.renderer.tokenizer, log_stats=True, stream_interval=vllm_config.scheduler_config.stream_interval
+        )
+        self._router = router
+        self.engine_core = MeshCore(config, router, requests, self._refused)
+        self.logger_manager = StatLoggerManager(
+            vllm_config=vllm_config, engine_idxs=[0], custom_stat_loggers=[], enable_default_loggers=False
+        )
+        self.output_handler: asyncio.Task[None] | None = None
+        self.profiler = None
+        self._client_count = 1
+
+    def _refused(self, request_id: str, error: MeshError) -> None:
+        """Ends a sequence with an error that vLLM's handlers turn into the right response."""
+        state = self.output_processor.request_states.get(request_id)
+        if state is None or state.queue is None:
+            return
+        queue, parent = state.queue, state.parent_req
+        exception: VLLMClientError | GracefulHTTPError
+        if error.code in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION):
+            exception = VLLMValidationError(error.message, parameter=error.metadata.get("param"))
+        else:
+            exception = GracefulHTTPError(error.message, _HTTP.get(error.code, HTTPStatus.INTERNAL_SERVER_ERROR))
+        # One refused choice of several refuses the request: its siblings must not run on unseen.
+        family = list(parent.child_requests) if parent is not None else [request_id]
+        self.engine_core.cancel([r for r in family if r != request_id])
+        self.output_processor.abort_requests(family, internal=True)
+        queue.put(exception)
+
+    @property
+    def errored(self) -> bool:
+        """Never: without decode roots each request is refused, and later ones may succeed."""
+        return False
+
+    @property
+    def is_running(self) -> bool:
+        """Always."""
+        return True
+
+    def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
+        """Refuses before a stream has begun. Raises GracefulHTTPError 503."""
+        if not self._router.entry.usable():
+            raise GracefulHTTPError(f"no {self._router.entry.kind} is available", HTTPStatus.SERVICE_UNAVAILABLE)
+
+    async def check_health(self) -> None:
+        """Raises EngineDeadError, which /health turns into 503, while no request could be served."""
+        if not self._router.entry.usable():
+            raise EngineDeadError()
+
+    async def is_tracing_enabled(self) -> bool:
+        """vLLM's own tracing is off; trace context travels in gRPC metadata."""
+        return False
+
+    async def reset_prefix_cache(self, *_: Any, **__: Any) -> bool:
+        """Prefix caches belong to the services."""
+        return False

@@ -1,0 +1,145 @@
+"""InferenceService: the same front end for gRPC clients."""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+import grpc
+from vllm import TextPrompt, TokensPrompt
+from vllm.exceptions import GracefulHTTPError, VLLMClientError
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+from services.gateway.engine_client import MeshEngineClient
+from tokenmesh.config import GatewayConfig
+from tokenmesh.engine.sampling import logprobs_to_proto, to_vllm
+from tokenmesh.prompts import check_prompt
+from tokenmesh.rpc.errors import MeshError, Reason, invalid, unavailable
+from tokenmesh.rpc.server import Context
+from tokenmesh.v1 import inference_pb2, inference_pb2_grpc, sampling_pb2
+
+_FINISH = {
+    "stop": sampling_pb2.FINISH_REASON_STOP,
+    "length": sampling_pb2.FINISH_REASON_LENGTH,
+    "abort": sampling_pb2.FINISH_REASON_ABORT,
+    "error": sampling_pb2.FINISH_REASON_ERROR,
+    "repetition": sampling_pb2.FINISH_REASON_REPETITION,
+}
+
+
+class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
+    """See inference.proto."""
+
+    def __init__(self, config: GatewayConfig, model_name: str) -> None:
+        self._keys = [f"Bearer {key}".encode() for key in config.api_keys]
+        self._model_name = model_name
+        self._client: MeshEngineClient | None = None
+
+    def attach(self, client: MeshEngineClient) -> None:
+        """Gives the service its front end."""
+        self._client = client
+
+    def _admit(self, model: str, context: Context[Any, Any]) -> MeshEngineClient:
+        given = next((str(v) for k, v in context.invocation_metadata() or () if k == "authorization"), "")
+        if self._keys and not any(hmac.compare_digest(given.encode(), key) for key in self._keys):
+            raise MeshError(grpc.StatusCode.UNAUTHENTICATED, Reason.BAD_API_KEY, "the API key is missing or wrong")
+        if model not in ("", self._model_name):
+            raise MeshError(
+                grpc.StatusCode.NOT_FOUND, Reason.MODEL_NOT_FOUND, f"the model {model!r} is not served", param="model"
+            )
+        if self._client is None:
+            raise unavailable(Reason.DRAINING, "the gateway is still starting")
+        return self._client
+
+    async def ListModels(
+        self, request: inference_pb2.ListModelsRequest, context: Context[Any, Any]
+    ) -> inference_pb2.ListModelsResponse:
+        """See inference.proto."""
+        client = self._admit("", context)
+        model = inference_pb2.Model(id=self._model_name, max_model_len=client.model_config.max_model_len)
+        return inference_pb2.ListModelsResponse(models=[model])
+
+    async def Generate(
+        self, request: inference_pb2.InferenceServiceGenerateRequest, context: Context[Any, Any]
+    ) -> inference_pb2.InferenceServiceGenerateResponse:
+        """See inference.proto."""
+        choices: dict[int, inference_pb2.StreamGenerateResponse] = {}
+        async for part in self.StreamGenerate(request.request, context):
+            if part.index not in choices:
+                choices[part.index] = part
+                continue
+            whole = choices[part.index]
+            text = whole.text + part.text
+            whole.MergeFrom(part)
+            whole.text = text
+        return inference_pb2.InferenceServiceGenerateResponse(choices=[choices[i] for i in sorted(choices)])
+
+    async def StreamGenerate(
+        self, request: inference_pb2.StreamGenerateRequest, context: Context[Any, Any]
+    ) -> AsyncIterator[inference_pb2.StreamGenerateResponse]:
+        """See inference.proto."""
+        client = self._admit(request.model, context)
+        params = to_vllm(
+            request.sampling_params,
+            n=request.n or 1,
+            output_kind=RequestOutputKind.DELTA,
+            flat_logprobs=True,
+        )
+        request_id = request.request_id or f"grpc-{secrets.token_hex(12)}"
+        counts: dict[int, int] = {}
+        try:
+            client.check_admission()
+            prompt = self._prompt(client, request.prompt, params)
+            async with aclosing(client.generate(prompt, params, request_id)) as outputs:
+                async for output in outputs:
+                    for completion in output.outputs:
+                        counts[completion.index] = counts.get(completion.index, 0) + len(completion.token_ids)
+                        yield _response(request_id, output, completion, counts[completion.index])
+        except VLLMClientError as error:
+            param = getattr(error, "parameter", None) or "sampling_params"
+            raise invalid(Reason.BAD_SAMPLING_PARAMS, str(error), param=str(param)) from error
+        except GracefulHTTPError as error:
+            code = grpc.StatusCode.RESOURCE_EXHAUSTED if error.http_status == 429 else grpc.StatusCode.UNAVAILABLE
+            reason = Reason.QUEUE_FULL if error.http_status == 429 else Reason.NO_DECODE_ROOT
+            raise MeshError(code, reason, error.message) from error
+
+    def _prompt(
+        self, client: MeshEngineClient, prompt: inference_pb2.Prompt, params: SamplingParams
+    ) -> TokensPrompt | TextPrompt:
+        kind = prompt.WhichOneof("prompt")
+        tokenizer = client.renderer.tokenizer
+        assert tokenizer is not None
+        if kind == "token_ids":
+            ids = list(prompt.token_ids.ids)
+        elif kind == "text":
+            ids = tokenizer.encode(prompt.text)
+        elif kind == "chat" and prompt.chat.messages:
+            messages = [{"role": m.role, "content": m.content} for m in prompt.chat.messages]
+            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        else:
+            raise invalid(Reason.EMPTY_PROMPT, "a prompt is needed: text, token_ids or chat", param="prompt")
+        model = client.model_config
+        check_prompt(ids, model.get_vocab_size(), model.max_model_len, room=params.max_tokens or 1)
+        return TokensPrompt(prompt_token_ids=ids)
+
+
+def _response(
+    request_id: str, output: RequestOutput, completion: CompletionOutput, generated: int
+) -> inference_pb2.StreamGenerateResponse:
+    response = inference_pb2.StreamGenerateResponse(
+        request_id=request_id, index=completion.index, text=completion.text, token_ids=completion.token_ids
+    )
+    if completion.logprobs is not None:
+        response.logprobs.CopyFrom(logprobs_to_proto(completion.logprobs))
+    if completion.finish_reason is not None:
+        response.finish_reason = _FINISH[completion.finish_reason]
+        if isinstance(completion.stop_reason, str):
+            response.stop_string = completion.stop_reason
+        response.usage.prompt_tokens = len(output.prompt_token_ids or ())
+        response.usage.completion_tokens = generated
+        response.usage.cached_tokens = output.num_cached_tokens or 0
+    return response

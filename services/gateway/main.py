@@ -1,0 +1,110 @@
+"""Runs a gateway until it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+
+import structlog
+import uvicorn
+from vllm.usage.usage_lib import UsageContext
+
+from services.gateway import rest
+from services.gateway.engine_client import MeshEngineClient
+from services.gateway.inference import InferenceServicer
+from services.gateway.router import Router
+from tokenmesh.config import MeshConfig
+from tokenmesh.engine.host import engine_args
+from tokenmesh.lifecycle import RequestState, RequestTable
+from tokenmesh.logs import setup_inherited_logging
+from tokenmesh.model_store import resolve_model
+from tokenmesh.rpc.admin import AdminServicer
+from tokenmesh.rpc.server import PortInUseError, RpcServer
+from tokenmesh.v1 import admin_pb2, inference_pb2, inference_pb2_grpc
+
+log = structlog.get_logger()
+
+MAX_REQUESTS = 4096
+
+
+async def serve(mesh: MeshConfig, replica: int, stop: asyncio.Event) -> None:
+    """Serves until `stop` is set, then drains.
+
+    Raises PortInUseError, ModelNotFoundError, ConfigError.
+    """
+    config = mesh.gateway
+    listener = _bind(config.host, config.port)
+    server = RpcServer(config.host, config.grpc_port)
+    requests = RequestTable(MAX_REQUESTS)
+    servicer = InferenceServicer(config, mesh.model_name)
+    inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, server.server)
+    server.add(inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name)
+    async with Router(mesh) as router:
+
+        def describe() -> admin_pb2.GetStatusResponse:
+            running = requests.count(RequestState.RUNNING)
+            pools = ((admin_pb2.ROLE_DECODE_ROOT, router.roots), (admin_pb2.ROLE_PREFILL, router.prefills))
+            return admin_pb2.GetStatusResponse(
+                role=admin_pb2.ROLE_GATEWAY,
+                instance_id=f"gateway-{replica}",
+                ready=bool(router.entry.usable()),
+                running=running,
+                waiting=len(requests) - running,
+                peers=[
+                    admin_pb2.Peer(role=role, address=peer.address, ready=peer.up)
+                    for role, pool in pools
+                    for peer in pool.peers
+                ],
+            )
+
+        AdminServicer(server, requests, describe)
+        await server.start()
+        try:
+            model_path = await asyncio.to_thread(resolve_model, mesh.model)
+            # The decode section decides lengths and dtype; no engine is started with it here.
+            arguments = engine_args(mesh, mesh.decode_service, model_path, tensor_parallel_size=1)
+            vllm_config = arguments.create_engine_config(UsageContext.OPENAI_API_SERVER)
+            client = MeshEngineClient(vllm_config, config, router, requests)
+            app = await rest.build(mesh, model_path, client)
+            # Building vLLM's app imports packages that take over the root logger.
+            setup_inherited_logging()
+            servicer.attach(client)
+            http = uvicorn.Server(
+                uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=10, lifespan="on")
+            )
+            # Signals are ours: uvicorn must not end the process on its own.
+            http.install_signal_handlers = lambda: None  # type: ignore[attr-defined, method-assign]
+            serving = asyncio.create_task(http._serve([listener]))
+            health = asyncio.create_task(_follow_health(router, server))
+            log.info("gateway ready", rest=f"{config.host}:{config.port}", grpc=server.address, mode=config.mode)
+            await stop.wait()
+            health.cancel()
+            requests.draining = True
+            http.should_exit = True
+            await asyncio.gather(serving, server.stop(grace=10))
+            client.shutdown()
+        finally:
+            await server.stop(grace=0)
+
+
+async def _follow_health(router: Router, server: RpcServer) -> None:
+    """Health says whether a request could be served now."""
+    told: bool | None = None
+    while True:
+        usable = bool(router.entry.usable())
+        if usable is not told:
+            await (server.ready() if usable else server.not_ready())
+            told = usable
+        await asyncio.sleep(0.2)
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        raise PortInUseError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+    listener.setblocking(False)
+    return listener

@@ -1,0 +1,127 @@
+"""vLLM's OpenAI server, with the mesh behind it and a guard in front."""
+
+from __future__ import annotations
+
+import hmac
+from argparse import Namespace
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+from vllm.entrypoints.launchers.app import build_app
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from services.gateway.engine_client import MeshEngineClient
+from tokenmesh.config import ConfigError, GatewayConfig, MeshConfig
+from tokenmesh.context import REQUEST_ID, TRACEPARENT, WorkContext, bind
+
+_OPEN_PATHS = ("/health", "/ping", "/metrics", "/version")
+
+
+def server_args(mesh: MeshConfig, model_path: str) -> Namespace:
+    """vLLM's server arguments. Raises ConfigError for an unknown one."""
+    config = mesh.gateway
+    args: Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args([])
+    values: dict[str, Any] = {
+        "model": model_path,
+        "served_model_name": [mesh.model_name],
+        "host": config.host,
+        "port": config.port,
+        "tool_call_parser": config.tool_call_parser,
+        "enable_auto_tool_choice": config.tool_call_parser is not None,
+        "chat_template": config.chat_template,
+        "enable_prompt_tokens_details": True,
+        "disable_uvicorn_access_log": True,
+    }
+    values.update(config.server_args)
+    for name, value in values.items():
+        if not hasattr(args, name):
+            raise ConfigError(f"gateway.server_args.{name} is no argument of vLLM's server")
+        setattr(args, name, value)
+    if config.reasoning_parser is not None:
+        args.structured_outputs_config.reasoning_parser = config.reasoning_parser
+    return args
+
+
+async def build(mesh: MeshConfig, model_path: str, client: MeshEngineClient) -> ASGIApp:
+    """The application, ready to be served."""
+    args = server_args(mesh, model_path)
+    app = build_app(args, ("generate",), client.model_config)
+    await init_app_state(client, app.state, args, ("generate",))
+    return Guard(app, mesh.gateway)
+
+
+class Guard:
+    """Outermost ASGI layer: request id and trace context, API key, body size."""
+
+    def __init__(self, app: ASGIApp, config: GatewayConfig) -> None:
+        self._app = app
+        self._keys = [key.encode() for key in config.api_keys]
+        self._limit = config.max_request_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        work = WorkContext.from_headers({k.lower(): v for k, v in headers.items()})
+        # Downstream, vLLM names its request after this header; it must see the id that we made.
+        others = [(k, v) for k, v in scope["headers"] if k.lower() != REQUEST_ID.encode()]
+        scope = {**scope, "headers": [*others, (REQUEST_ID.encode(), work.request_id.encode())]}
+
+        async def reply(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                out = MutableHeaders(scope=message)
+                out[REQUEST_ID] = work.request_id
+                out[TRACEPARENT] = work.traceparent
+            await send(message)
+
+        with bind(work):
+            refusal = self._refusal(scope, headers)
+            if refusal is not None:
+                await refusal(scope, receive, reply)
+                return
+            body = _LimitedBody(receive, self._limit)
+            try:
+                await self._app(scope, body, reply)
+            except _BodyTooLargeError:
+                await _error(413, "BadRequestError", f"the body exceeds {self._limit} bytes")(scope, receive, reply)
+
+    def _refusal(self, scope: Scope, headers: Headers) -> JSONResponse | None:
+        if self._keys and scope["method"] != "OPTIONS" and scope["path"] not in _OPEN_PATHS:
+            scheme, _, key = headers.get("authorization", "").partition(" ")
+            # Every key is compared, so that timing tells nothing.
+            matches = [hmac.compare_digest(key.encode(), known) for known in self._keys]
+            if scheme.lower() != "bearer" or not any(matches):
+                return _error(401, "AuthenticationError", "the API key is missing or wrong")
+        length = headers.get("content-length", "0")
+        if length.isdigit() and int(length) > self._limit:
+            return _error(413, "BadRequestError", f"the body exceeds {self._limit} bytes")
+        return None
+
+
+class _BodyTooLargeError(Exception):
+    pass
+
+
+class _LimitedBody:
+    """Counts a body that came without a length."""
+
+    def __init__(self, receive: Receive, limit: int) -> None:
+        self._receive = receive
+        self._left = limit
+
+    async def __call__(self) -> Message:
+        message = await self._receive()
+        self._left -= len(message.get("body", b""))
+        if self._left < 0:
+            raise _BodyTooLargeError
+        return message
+
+
+def _error(status: int, kind: str, message: str) -> JSONResponse:
+    """In the shape of OpenAI's errors, as vLLM's."""
+    return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": status}}, status)

@@ -1,0 +1,308 @@
+"""The command line, against fake services: nothing here starts an engine."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import fake_service
+import psutil
+import pytest
+import typer
+import yaml
+from rich.console import Console
+from typer.testing import CliRunner
+
+from tokenmesh.cli import child, main, status
+from tokenmesh.cli.demo import LONG_PROMPT_TOKENS, long_text
+from tokenmesh.cli.mesh import Mesh, MeshStartError, serve_command
+from tokenmesh.config import MeshConfig, load_config
+from tokenmesh.lifecycle import LiveRequest
+
+pytestmark = pytest.mark.timeout(60)
+
+COMMANDS: dict[str, Any] = typer.main.get_command(main.app).commands  # type: ignore[attr-defined]
+
+
+def free_ports(count: int) -> list[int]:
+    with_sockets = [socket.socket() for _ in range(count)]
+    for each in with_sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in with_sockets]
+    for each in with_sockets:
+        each.close()
+    return ports
+
+
+@pytest.fixture
+def mesh_file(tmp_path: Path) -> Path:
+    rest, rpc, prefill, decode = free_ports(4)
+    sections = {
+        "gateway": {"port": rest, "grpc_port": rpc, "api_keys": ["secret"]},
+        "prefill_service": {"port": prefill},
+        "decode_service": {"port": decode},
+    }
+    path = tmp_path / "given.yaml"
+    path.write_text(yaml.safe_dump(sections))
+    return path
+
+
+@pytest.fixture
+def config(mesh_file: Path) -> MeshConfig:
+    return load_config(mesh_file)
+
+
+async def run(*args: object) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error of `tokenmesh ARGS`."""
+    command = [sys.executable, "-m", "tokenmesh.cli.main", *map(str, args)]
+    process = await asyncio.create_subprocess_exec(*command, stdout=-1, stderr=-1)
+    out, err = await process.communicate()
+    assert process.returncode is not None
+    return process.returncode, out.decode(), err.decode()
+
+
+@asynccontextmanager
+async def serving(role: str, address: str) -> AsyncIterator[Any]:
+    server, requests = fake_service.fake(role, address)
+    await server.start()
+    await server.ready()
+    try:
+        yield server, requests
+    finally:
+        await server.stop(0)
+
+
+def running(pids: list[int]) -> list[int]:
+    return [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_explains_every_parameter(name: str) -> None:
+    # 1. Every option and argument has an explanation, and is shown.
+    result = CliRunner().invoke(main.app, [name, "--help"], terminal_width=200, env={"COLUMNS": "200"})
+    assert result.exit_code == 0
+    for parameter in COMMANDS[name].params:
+        assert parameter.help, f"{name} {parameter.name} has no help"
+        assert parameter.help in result.output
+        for option in parameter.opts if parameter.param_type_name == "option" else ():
+            assert option in result.output
+    # 2. So has the command itself, and the list of commands names it.
+    assert COMMANDS[name].help
+    assert name in CliRunner().invoke(main.app, ["--help"]).output
+    # 3. The commands are these.
+    assert set(COMMANDS) == {"serve", "up", "status", "generate", "health", "drain", "demo", "version"}
+
+
+async def test_bad_configuration_is_one_line(tmp_path: Path) -> None:
+    # 1. Every command that reads a mesh file refuses a bad one in the same way.
+    (tmp_path / "bad.yaml").write_text("gateway: {prot: 8000}")
+    for command in (["status"], ["up"], ["demo"], ["generate", "x"], ["serve", "gateway"]):
+        code, out, err = await run(*command, "-c", tmp_path / "bad.yaml")
+        assert (code, out) == (2, "")
+        assert re.fullmatch(r"tokenmesh: .*gateway\.prot: .*\n", err)
+
+
+async def test_status_of_one_up_and_two_unreachable(mesh_file: Path, config: MeshConfig) -> None:
+    # 1. One service of three is up: lines for a pipe, JSON for programs, status 1 for both.
+    [root] = config.decode_addresses()
+    async with serving("decode-root", root):
+        code, out, _ = await run("status", "-c", mesh_file)
+        assert code == 1
+        lines = out.splitlines()
+        assert [line.split()[0] for line in lines] == ["gateway-0", "prefill-0", "decode-root-0"]
+        assert "unreachable (Connection refused)" in lines[0]
+        assert f"{root}  ready  running 3  waiting 2" in lines[2]
+        code, out, _ = await run("status", "-c", mesh_file, "--json")
+        assert code == 1
+        told = json.loads(out)
+        assert not told["ready"]
+        assert [service["state"] for service in told["services"]] == ["unreachable", "unreachable", "ready"]
+        assert told["services"][2]["kv_bytes"] == 30_000_000
+        assert told["services"][2]["gb_per_s"] == pytest.approx(3)
+        # 2. A terminal gets a table with the same.
+        screen = io.StringIO()
+        statuses = await status.collect(status.endpoints(config))
+        Console(file=screen, force_terminal=True, width=200).print(status.to_table(statuses))
+        assert "KV blocks free/total" in screen.getvalue()
+        assert re.search(r"decode-root-0 .*ready.* 3 +2 +- +sysv +30.0 MB +3.00", screen.getvalue())
+        # 3. With the others up, all is ready.
+        gateway = status.endpoints(config)[0].address
+        async with serving("prefill", config.prefill_addresses()[0]), serving("gateway", gateway):
+            assert (await run("status", "-c", mesh_file))[0] == 0
+
+
+async def test_health_and_drain(config: MeshConfig) -> None:
+    address = config.prefill_addresses()[0]
+    # 1. Nobody there; no address at all.
+    code, _, err = await run("health", address)
+    assert code == 1
+    assert re.fullmatch(rf"tokenmesh: {address}: UNAVAILABLE .*Connection refused\n", err)
+    assert (await run("health", "nowhere"))[0] == 2
+    async with serving("prefill", address) as (server, requests):
+        # 2. Serving, and not.
+        assert await run("health", address) == (0, f"{address}: SERVING\n", "")
+        await server.not_ready()
+        assert await run("health", address, "--timeout", 2) == (1, f"{address}: NOT_SERVING\n", "")
+        # 3. Work remains when the time is up.
+        with requests.admit(LiveRequest("long")):
+            code, _, err = await run("drain", address, "--timeout", 1)
+        assert (code, err) == (1, f"tokenmesh: {address}: 1 requests still run after 1 s\n")
+        # 4. It is done.
+        assert await run("drain", address) == (0, f"{address}: drained\n", "")
+        assert requests.draining
+    # 5. Nobody there any more.
+    assert (await run("drain", address))[0] == 1
+
+
+async def test_generate(mesh_file: Path, config: MeshConfig) -> None:
+    async with serving("gateway", status.endpoints(config)[0].address):
+        # 1. A chat; figures go to standard error.
+        code, out, err = await run("generate", "what is up", "-c", mesh_file)
+        assert (code, out) == (0, "chat: what is up \n")
+        assert re.fullmatch(r"7 prompt tokens, 4 generated, TTFT [\d.]+ ms, ITL [\d.]+ ms, finished by length\n", err)
+        # 2. Raw text, and a limit.
+        code, out, _ = await run("generate", "--raw", "what is up", "-c", mesh_file, "--max-tokens", 2)
+        assert (code, out) == (0, "raw: what \n")
+        # 3. A refusal is one line with its reason.
+        code, _, err = await run("generate", "bad", "-c", mesh_file)
+        reason = "INVALID_ARGUMENT (BAD_SAMPLING_PARAMS): temperature is out of range"
+        assert (code, err) == (1, f"tokenmesh: generate: {reason}\n")
+    # 4. So is a gateway that is down.
+    code, _, err = await run("generate", "hello", "-c", mesh_file)
+    assert code == 1
+    assert err.startswith("tokenmesh: generate: UNAVAILABLE")
+    assert err.count("\n") == 1
+
+
+async def test_mesh_refuses_ports_in_use(config: MeshConfig, tmp_path: Path) -> None:
+    # 1. Somebody has the prefill service's port: the line names both, and nothing was started.
+    mesh = Mesh(config, tmp_path, command=fake_service.command())
+    with socket.create_server(("127.0.0.1", config.prefill_service.port)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(MeshStartError, match=rf"^cannot listen on 127.0.0.1:{port} for prefill-0: Address .* use$"):
+            await mesh.__aenter__()
+    assert not mesh.children
+    # 2. A mesh that needs one port twice is told so.
+    decode = config.decode_service.model_copy(update={"port": config.prefill_service.port})
+    twice = Mesh(config.model_copy(update={"decode_service": decode}), tmp_path, command=fake_service.command())
+    with pytest.raises(MeshStartError, match="for decode-root-0: prefill-0 has it too"):
+        await twice.__aenter__()
+
+
+async def test_mesh_starts_and_stops_in_order(config: MeshConfig, tmp_path: Path) -> None:
+    # 1. All services get ready, with a configuration that is the given one.
+    async with Mesh(config, tmp_path / "logs", 30, fake_service.command(prefill="family")) as mesh:
+        assert load_config(tmp_path / "logs" / "mesh.yaml") == config
+        assert (tmp_path / "logs" / "mesh.yaml").stat().st_mode & 0o777 == 0o600
+        statuses = await mesh.statuses()
+        assert [s.state for s in statuses] == ["ready"] * 3
+        pids = [s.pid for s in statuses if s.pid is not None]
+        family = [int(pid) for pid in re.findall(r"grandchild (\d+)", (tmp_path / "logs/prefill-0.log").read_text())]
+        assert len(running(pids + family)) == 5
+    # 2. After it all are gone: also grandchildren that ignore SIGTERM, in their parent's session and in their own.
+    assert running(pids + family) == []
+    assert mesh.leftovers == []
+    # 3. The gateway went first, prefill last.
+    logs = [(tmp_path / "logs" / f"{name}-0.log").read_text() for name in ("gateway", "decode-root", "prefill")]
+    times = [float(log.rpartition("stopped at ")[2]) for log in logs]
+    assert times == sorted(times)
+    # 4. Stopping again does nothing.
+    await mesh.stop()
+    assert [s.described_state for s in await mesh.statuses()] == ["exited (code 0)"] * 3
+    # 5. The real services would have been started like this.
+    command = serve_command(mesh.children[1].endpoint, Path("mesh.yaml"))
+    assert command[1:] == ["-m", "tokenmesh.cli.main", "serve", "prefill", "-c", "mesh.yaml", "--replica", "0"]
+
+
+@pytest.mark.parametrize(
+    ("habit", "message", "details"),
+    [
+        ("refuses", r"prefill-0 exited \(code 1\): prefill: no model named nothing \(log: .*prefill-0.log\)", ()),
+        ("crashes", r"prefill-0 exited \(code 3\): line 9 \(log: .*\)", ("line 5", "line 6", "line 7", "line 8")),
+        ("mute", r"not ready after 4 s: prefill-0 \(logs: .*\)", ()),
+    ],
+)
+async def test_mesh_that_cannot_start(
+    config: MeshConfig, tmp_path: Path, habit: str, message: str, details: tuple[str, ...]
+) -> None:
+    # 1. The service's own last words are the error.
+    mesh = Mesh(config, tmp_path, 4, fake_service.command(prefill=habit))
+    with pytest.raises(MeshStartError) as caught:
+        await mesh.__aenter__()
+    assert re.fullmatch(message, str(caught.value))
+    assert caught.value.details == details
+    # 2. The others are gone.
+    assert running([c.pid for c in mesh.children]) == []
+
+
+async def test_stubborn_service_is_killed(config: MeshConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # 1. One that ignores SIGTERM is killed when its grace is over.
+    monkeypatch.setattr(child, "STOP_GRACE_S", 1.0)
+    async with Mesh(config, tmp_path, 30, fake_service.command(decode_root="stubborn")) as mesh:
+        pass
+    assert [c.exit_code for c in mesh.children] == [0, 0, -signal.SIGKILL]
+    # 2. Cancelling the stop makes it kill at once, and stop all the same.
+    monkeypatch.setattr(child, "STOP_GRACE_S", 50.0)
+    mesh = Mesh(config, tmp_path, 30, fake_service.command(gateway="stubborn"))
+    await mesh.__aenter__()
+    stopping = asyncio.create_task(mesh.stop())
+    await asyncio.sleep(0.3)
+    stopping.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await stopping
+    assert running([c.pid for c in mesh.children]) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+async def test_up_until_a_signal_or_a_death(mesh_file: Path, tmp_path: Path, number: signal.Signals) -> None:
+    # 1. Without a terminal, each change of state is a line.
+    command = [sys.executable, fake_service.__file__, "up", str(mesh_file), str(tmp_path)]
+    process = await asyncio.create_subprocess_exec(*command, stdout=-1, stderr=-1, env={**os.environ, "COLUMNS": "20"})
+    assert process.stdout is not None
+    lines: list[str] = []
+    while not lines or " is served: http://127.0.0.1:" not in lines[-1]:
+        lines.append((await process.stdout.readline()).decode())
+    pids = [int(pid) for pid in re.findall(r": starting, .*, pid (\d+)", "".join(lines))]
+    assert len(running(pids)) == 3
+    # 2. A signal ends the mesh in order. SIGKILL goes to one service instead: that ends the mesh with an error.
+    if number == signal.SIGKILL:
+        os.kill(pids[-1], number)
+    else:
+        process.send_signal(number)
+    out, err = (stream.decode() for stream in await process.communicate())
+    killed = number == signal.SIGKILL
+    assert process.returncode == (1 if killed else 0)
+    assert ("tokenmesh: decode-root-0 exited (code -9)" in err) == killed
+    assert len(re.findall(r"exited \(code 0\)", out)) == (2 if killed else 3)
+    # 3. Nothing is left.
+    assert running(pids) == []
+
+
+async def test_demo(mesh_file: Path, tmp_path: Path) -> None:
+    # 1. Three answers with their figures, what was moved, and nothing left.
+    started = time.monotonic()
+    command = [sys.executable, fake_service.__file__, "demo", str(mesh_file), str(tmp_path)]
+    process = await asyncio.create_subprocess_exec(*command, stdout=-1, stderr=-1)
+    out, err = (stream.decode() for stream in await process.communicate())
+    assert (process.returncode, err) == (0, "")
+    assert "Paris." in out
+    assert f"I read {LONG_PROMPT_TOKENS} tokens, truly." in out
+    assert "chat: Name three colours" in out
+    assert out.count("TTFT") == 3
+    assert "prefill decisions: disaggregated 1, too short 2" in out
+    assert "KV received: 30,000,000 bytes at 3.00 GB/s, UCX transport sysv" in out
+    assert out.endswith("nothing is left: 3 services and all that they started are gone\n")
+    assert time.monotonic() - started < 30
+    # 2. The long text is long enough for every tokenizer that makes no more than a word of a token.
+    assert len(long_text().split()) > LONG_PROMPT_TOKENS

@@ -1,0 +1,290 @@
+"""What the services of a mesh say about themselves, and how that is shown."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import enum
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from rich.console import Console
+from rich.filesize import decimal
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from tokenmesh.cli.serve import ServiceRole
+from tokenmesh.config import MeshConfig
+from tokenmesh.rpc.channel import open_channel
+from tokenmesh.rpc.errors import MeshError
+from tokenmesh.v1 import admin_pb2, admin_pb2_grpc
+
+TIMEOUT_S = 1.0
+"""For one service's answer."""
+REFRESH_S = 1.0
+"""Between two looks at a mesh that is shown."""
+
+_LOOPBACK = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
+
+
+class ServiceState(enum.StrEnum):
+    """How a service looks from outside."""
+
+    STARTING = "starting"
+    """It runs and takes no work yet."""
+    READY = "ready"
+    UNREACHABLE = "unreachable"
+    EXITED = "exited"
+
+
+_STYLES = {
+    ServiceState.STARTING: "yellow",
+    ServiceState.READY: "green",
+    ServiceState.UNREACHABLE: "red",
+    ServiceState.EXITED: "red",
+}
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A service and where its AdminService and health are."""
+
+    role: ServiceRole
+    replica: int
+    address: str
+
+    @property
+    def name(self) -> str:
+        """As in tables and log files, e.g. ``prefill-0``."""
+        return f"{self.role.value}-{self.replica}"
+
+
+@dataclass(frozen=True)
+class ServiceStatus:
+    """One service at one moment. What it did not tell is 0 or empty."""
+
+    name: str
+    role: ServiceRole
+    address: str
+    state: ServiceState
+    pid: int | None = None
+    """Known for processes that this one started."""
+    exit_code: int | None = None
+    """Negative: the signal that ended it."""
+    running: int = 0
+    waiting: int = 0
+    blocks_free: int = 0
+    blocks_total: int = 0
+    kv_transport: str = ""
+    kv_bytes: int = 0
+    kv_seconds: float = 0.0
+    counters: dict[str, int] = field(default_factory=dict)
+    error: str = ""
+    """Why it is unreachable."""
+
+    @property
+    def gb_per_s(self) -> float | None:
+        """KV payload per second of transfer; None before the first one."""
+        return self.kv_bytes / self.kv_seconds / 1e9 if self.kv_seconds > 0 else None
+
+    @property
+    def described_state(self) -> str:
+        """The state, and what is known about its cause."""
+        if self.state is ServiceState.EXITED:
+            return f"exited (code {self.exit_code})"
+        # gRPC's messages end with the cause, after everything that it tried.
+        return f"{self.state.value} ({self.error.rpartition(': ')[2]})" if self.error else self.state.value
+
+
+def dial(host: str, port: int) -> str:
+    """host:port as clients on this machine reach it: a wildcard that is listened on is no address to call."""
+    host = _LOOPBACK.get(host, host)
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def local_endpoints(config: MeshConfig) -> list[Endpoint]:
+    """The services of one configuration, all on this machine, in the order in which they are started."""
+    found = [Endpoint(ServiceRole.GATEWAY, 0, dial(config.gateway.host, config.gateway.grpc_port))]
+    for role, section in (
+        (ServiceRole.PREFILL, config.prefill_service),
+        (ServiceRole.DECODE_ROOT, config.decode_service),
+    ):
+        found += [Endpoint(role, i, dial(section.host, section.port + i)) for i in range(section.replicas)]
+    return found
+
+
+def endpoints(config: MeshConfig) -> list[Endpoint]:
+    """The services that a mesh consists of; where addresses are listed, those count, as for the gateway."""
+    listed = {ServiceRole.PREFILL: config.gateway.prefills, ServiceRole.DECODE_ROOT: config.gateway.decode_roots}
+    if listed[ServiceRole.PREFILL] is None:
+        listed[ServiceRole.PREFILL] = config.decode_service.prefills
+    found = [endpoint for endpoint in local_endpoints(config) if listed.get(endpoint.role) is None]
+    for role, addresses in listed.items():
+        found += [Endpoint(role, i, address) for i, address in enumerate(addresses or ())]
+    return found
+
+
+async def check_health(address: str, timeout: float) -> str:
+    """A server's overall grpc health, e.g. SERVING. Raises grpc.aio.AioRpcError if it does not answer in time."""
+    async with open_channel(address) as channel:
+        reply = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=timeout)
+    return str(health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status))
+
+
+async def collect(services: Sequence[Endpoint], timeout: float = TIMEOUT_S) -> list[ServiceStatus]:
+    """Asks all services at once; returns after `timeout` seconds at the latest. No service's silence is an error."""
+    return await asyncio.gather(*(_ask(endpoint, timeout) for endpoint in services))
+
+
+async def _ask(endpoint: Endpoint, timeout: float) -> ServiceStatus:
+    async with open_channel(endpoint.address) as channel:
+        try:
+            stub = admin_pb2_grpc.AdminServiceStub(channel)  # type: ignore[no-untyped-call]
+            reply = await stub.GetStatus(admin_pb2.GetStatusRequest(), timeout=timeout)
+        except grpc.aio.AioRpcError as error:
+            problem = MeshError.from_rpc(error)
+            return ServiceStatus(
+                endpoint.name,
+                endpoint.role,
+                endpoint.address,
+                ServiceState.UNREACHABLE,
+                error=one_line(problem.message),
+            )
+    return ServiceStatus(
+        name=endpoint.name,
+        role=endpoint.role,
+        address=endpoint.address,
+        state=ServiceState.READY if reply.ready else ServiceState.STARTING,
+        running=reply.running,
+        waiting=reply.waiting,
+        blocks_free=reply.blocks_free,
+        blocks_total=reply.blocks_total,
+        kv_transport=reply.kv_transport,
+        kv_bytes=reply.kv_bytes,
+        kv_seconds=reply.kv_seconds,
+        counters=dict(reply.counters),
+    )
+
+
+def one_line(text: str) -> str:
+    """Any text as one line."""
+    return " ".join(text.split())
+
+
+def to_table(statuses: Iterable[ServiceStatus]) -> Table:
+    """For terminals."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("service", "address", "pid", "state"):
+        table.add_column(name, no_wrap=name != "state")
+    for name in ("running", "waiting", "KV blocks free/total"):
+        table.add_column(name, justify="right")
+    table.add_column("UCX transport")
+    for name in ("KV moved", "GB/s"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for s in statuses:
+        told = s.state in (ServiceState.READY, ServiceState.STARTING)
+        state = Text(s.described_state, style=_STYLES[s.state])
+        pid = "-" if s.pid is None else str(s.pid)
+        table.add_row(Text(s.name), Text(s.address), pid, state, *(_figures(s) if told else ["-"] * 6))
+    return table
+
+
+def _figures(s: ServiceStatus) -> list[str]:
+    return [
+        str(s.running),
+        str(s.waiting),
+        f"{s.blocks_free}/{s.blocks_total}" if s.blocks_total else "-",
+        s.kv_transport or "-",
+        decimal(s.kv_bytes) if s.kv_bytes else "-",
+        "-" if s.gb_per_s is None else f"{s.gb_per_s:.2f}",
+    ]
+
+
+def to_line(s: ServiceStatus) -> str:
+    """For pipes and logs: the same, one service per line."""
+    parts = [s.name, s.address, *([] if s.pid is None else [f"pid {s.pid}"]), s.described_state]
+    if s.state is ServiceState.READY:
+        names = ("running", "waiting", "blocks", "transport", "moved", "GB/s")
+        parts += [f"{name} {value}" for name, value in zip(names, _figures(s), strict=True)]
+    return "  ".join(parts)
+
+
+def to_json(statuses: Sequence[ServiceStatus]) -> str:
+    """For programs: ``{"ready": bool, "services": [...]}``."""
+    services = [{**dataclasses.asdict(s), "gb_per_s": s.gb_per_s} for s in statuses]
+    return json.dumps({"ready": all_ready(statuses), "services": services}, indent=2)
+
+
+def all_ready(statuses: Sequence[ServiceStatus]) -> bool:
+    """Whether every service takes work."""
+    return all(s.state is ServiceState.READY for s in statuses)
+
+
+def status(config: MeshConfig, as_json: bool) -> int:
+    """Prints the state of a mesh once. Returns 0 if all of it is ready, else 1."""
+    statuses = asyncio.run(collect(endpoints(config)))
+    console = Console()
+    if as_json:
+        print(to_json(statuses))
+    elif console.is_terminal:
+        console.print(to_table(statuses))
+    else:
+        print("\n".join(map(to_line, statuses)))
+    return 0 if all_ready(statuses) else 1
+
+
+@asynccontextmanager
+async def showing(
+    source: Callable[[], Awaitable[list[ServiceStatus]]], console: Console, live: bool = True
+) -> AsyncIterator[None]:
+    """Shows a mesh while the block runs and once more when it ends, also if it fails.
+
+    A terminal gets a table that is refreshed every second. Anything else, or with `live` off, gets one line for each
+    change of a service's state.
+    """
+    show = _show_table if live and console.is_terminal else _show_changes
+    done = asyncio.Event()
+    task = asyncio.create_task(show(source, console, done))
+    try:
+        yield
+    finally:
+        done.set()
+        # The terminal may be gone by now, which is no reason to fail.
+        with suppress(OSError):
+            await task
+
+
+async def _next_look(done: asyncio.Event) -> None:
+    with suppress(TimeoutError):
+        await asyncio.wait_for(done.wait(), REFRESH_S)
+
+
+async def _show_table(
+    source: Callable[[], Awaitable[list[ServiceStatus]]], console: Console, done: asyncio.Event
+) -> None:
+    with Live(console=console, auto_refresh=False) as live:
+        ended = False
+        while not ended:
+            ended = done.is_set()
+            live.update(to_table(await source()), refresh=True)
+            await _next_look(done)
+
+
+async def _show_changes(
+    source: Callable[[], Awaitable[list[ServiceStatus]]], console: Console, done: asyncio.Event
+) -> None:
+    known: dict[str, str] = {}
+    ended = False
+    while not ended:
+        ended = done.is_set()
+        for s in await source():
+            if known.get(s.name) != s.state:
+                known[s.name] = s.state
+                line = f"{s.name}: {s.described_state}, {s.address}" + ("" if s.pid is None else f", pid {s.pid}")
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
+        await _next_look(done)
