@@ -10,14 +10,18 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import AsyncIterator
+from contextlib import ExitStack, asynccontextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+
+import grpc
 
 from tokenmesh.cli import demo, mesh
 from tokenmesh.cli.mesh import CommandFactory
@@ -66,7 +70,7 @@ class FakeInference(inference_pb2_grpc.InferenceServiceServicer):
         if text.endswith("bad"):
             raise invalid(Reason.BAD_SAMPLING_PARAMS, "temperature\nis out of range", param="temperature")
         if ("authorization", "Bearer secret") not in tuple(context.invocation_metadata()):
-            raise MeshError(sampling_unauthenticated(), Reason.BAD_API_KEY, "the API key is missing or wrong")
+            raise MeshError(grpc.StatusCode.UNAUTHENTICATED, Reason.BAD_API_KEY, "the API key is missing or wrong")
         words = text.split(" ")[: request.sampling_params.max_tokens]
         for i, word in enumerate(words):
             yield inference_pb2.StreamGenerateResponse(text=word + " ", token_ids=[i])
@@ -75,12 +79,6 @@ class FakeInference(inference_pb2_grpc.InferenceServiceServicer):
             finish_reason=sampling_pb2.FINISH_REASON_LENGTH,
             usage=sampling_pb2.Usage(prompt_tokens=7, completion_tokens=len(words)),
         )
-
-
-def sampling_unauthenticated() -> Any:
-    import grpc
-
-    return grpc.StatusCode.UNAUTHENTICATED
 
 
 class FakeRest(BaseHTTPRequestHandler):
@@ -128,6 +126,32 @@ def fake(role: str, address: str) -> tuple[RpcServer, RequestTable]:
     return server, requests
 
 
+@asynccontextmanager
+async def serving(role: str, address: str) -> AsyncIterator[tuple[RpcServer, RequestTable]]:
+    """A healthy server of a role."""
+    server, requests = fake(role, address)
+    await server.start()
+    await server.ready()
+    try:
+        yield server, requests
+    finally:
+        await server.stop(0)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on, all different."""
+    with ExitStack() as held:
+        sockets = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [each.getsockname()[1] for each in sockets]
+
+
+def grow_family() -> None:
+    """Starts two processes that ignore SIGTERM, one of them in another session."""
+    for session in (False, True):
+        process = subprocess.Popen([sys.executable, "-c", STUBBORN], start_new_session=session)
+        print("grandchild", process.pid, flush=True)
+
+
 async def serve(role: str, address: str, config_file: str, habit: str) -> int:
     """One service until SIGTERM."""
     if habit == "refuses":
@@ -137,9 +161,7 @@ async def serve(role: str, address: str, config_file: str, habit: str) -> int:
         print("\n".join(f"line {i}" for i in range(1, 10)), flush=True)
         return 3
     if habit == "family":
-        for session in (False, True):
-            process = subprocess.Popen([sys.executable, "-c", STUBBORN], start_new_session=session)
-            print("grandchild", process.pid, flush=True)
+        grow_family()
     stop = asyncio.Event()
     ends = (lambda: None) if habit == "stubborn" else stop.set
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ends)

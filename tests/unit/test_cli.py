@@ -11,12 +11,9 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import fake_service
 import psutil
 import pytest
 import typer
@@ -24,30 +21,22 @@ import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
+from tests.unit import fake_service
+from tests.unit.fake_service import serving
 from tokenmesh.cli import child, main, status
 from tokenmesh.cli.demo import LONG_PROMPT_TOKENS, long_text
 from tokenmesh.cli.mesh import Mesh, MeshStartError, serve_command
 from tokenmesh.config import MeshConfig, load_config
 from tokenmesh.lifecycle import LiveRequest
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(120)
 
 COMMANDS: dict[str, Any] = typer.main.get_command(main.app).commands  # type: ignore[attr-defined]
 
 
-def free_ports(count: int) -> list[int]:
-    with_sockets = [socket.socket() for _ in range(count)]
-    for each in with_sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in with_sockets]
-    for each in with_sockets:
-        each.close()
-    return ports
-
-
 @pytest.fixture
 def mesh_file(tmp_path: Path) -> Path:
-    rest, rpc, prefill, decode = free_ports(4)
+    rest, rpc, prefill, decode = fake_service.free_ports(4)
     sections = {
         "gateway": {"port": rest, "grpc_port": rpc, "api_keys": ["secret"]},
         "prefill_service": {"port": prefill},
@@ -70,17 +59,6 @@ async def run(*args: object) -> tuple[int, str, str]:
     out, err = await process.communicate()
     assert process.returncode is not None
     return process.returncode, out.decode(), err.decode()
-
-
-@asynccontextmanager
-async def serving(role: str, address: str) -> AsyncIterator[Any]:
-    server, requests = fake_service.fake(role, address)
-    await server.start()
-    await server.ready()
-    try:
-        yield server, requests
-    finally:
-        await server.stop(0)
 
 
 def running(pids: list[int]) -> list[int]:
@@ -134,7 +112,7 @@ async def test_status_of_one_up_and_two_unreachable(mesh_file: Path, config: Mes
         screen = io.StringIO()
         statuses = await status.collect(status.endpoints(config))
         Console(file=screen, force_terminal=True, width=200).print(status.to_table(statuses))
-        assert "KV blocks free/total" in screen.getvalue()
+        assert "free/all" in screen.getvalue()
         assert re.search(r"decode-root-0 .*ready.* 3 +2 +- +sysv +30.0 MB +3.00", screen.getvalue())
         # 3. With the others up, all is ready.
         gateway = status.endpoints(config)[0].address

@@ -94,7 +94,7 @@ class Child:
         await _until(self._kill, KILL_WAIT_S)
         left = [f"{self.endpoint.name}: {process.name()} (pid {process.pid})" for process in self.survivors()]
         if not left:
-            self._process.wait()
+            self.exit_code = self._process.wait()
             self._reaped = True
         return left
 

@@ -86,7 +86,7 @@ async def stream(
     request = inference_pb2.StreamGenerateRequest(prompt=prompt, sampling_params=params)
     async with open_channel(dial(gateway.host, gateway.grpc_port)) as channel:
         answer = Answer()
-        stub = inference_pb2_grpc.InferenceServiceStub(channel)  # type: ignore[no-untyped-call]
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
         metadata = tuple(authorization(gateway).items())
         call = stub.StreamGenerate(request, timeout=gateway.request_timeout_s, metadata=metadata)
         async for part in call:
@@ -144,7 +144,7 @@ def drain(address: str, timeout: float) -> int:
 
     async def ask() -> int:
         async with open_channel(address) as channel:
-            stub = admin_pb2_grpc.AdminServiceStub(channel)  # type: ignore[no-untyped-call]
+            stub = admin_pb2_grpc.AdminServiceStub(channel)
             reply = await stub.Drain(admin_pb2.DrainRequest(), timeout=timeout)
         return int(reply.remaining)
 

@@ -12,13 +12,20 @@ from typing import Any
 
 import grpc
 import httpx
-from rich.console import Console
 
 import tokenmesh
 from tokenmesh.cli.client import Answer, authorization, chat, refused, stream
-from tokenmesh.cli.mesh import CommandFactory, Mesh, MeshStartError, check_ports, report, serve_command
+from tokenmesh.cli.mesh import (
+    CommandFactory,
+    Mesh,
+    MeshStartError,
+    check_ports,
+    report,
+    report_leftovers,
+    serve_command,
+)
 from tokenmesh.cli.serve import ServiceRole
-from tokenmesh.cli.status import dial, one_line, showing
+from tokenmesh.cli.status import Screen, dial, one_line, showing
 from tokenmesh.config import MeshConfig
 from tokenmesh.v1 import sampling_pb2
 
@@ -95,7 +102,7 @@ async def long_prompt(client: httpx.AsyncClient, model: str) -> list[int]:
 class Demo:
     """The questions, and what is said about their answers."""
 
-    def __init__(self, config: MeshConfig, console: Console) -> None:
+    def __init__(self, config: MeshConfig, console: Screen) -> None:
         self._config = config
         self._console = console
         self.empty: list[str] = []
@@ -161,7 +168,7 @@ class Demo:
 
 async def demo(config: MeshConfig, log_dir: Path, timeout: float, command: CommandFactory = serve_command) -> int:
     """Runs the demo. Returns 0 if every answer had text, KV was moved and nothing is left, else 1."""
-    console = Console()
+    console = Screen()
     mesh = Mesh(config, log_dir, timeout, command)
     show = Demo(config, console)
     problems: list[str] = []
@@ -174,6 +181,7 @@ async def demo(config: MeshConfig, log_dir: Path, timeout: float, command: Comma
             show.say("\nstopping")
     except MeshStartError as error:
         report(error)
+        report_leftovers(mesh)
         return 1
     except grpc.aio.AioRpcError as error:
         problems.append("the question over gRPC failed")
@@ -181,7 +189,8 @@ async def demo(config: MeshConfig, log_dir: Path, timeout: float, command: Comma
     except (DemoError, httpx.HTTPError) as error:
         problems.append(one_line(str(error)) or type(error).__name__)
     problems += [f"no answer: {title}" for title in show.empty]
-    problems += [f"still running: {process}" for process in mesh.leftovers]
+    if report_leftovers(mesh):
+        problems.append("processes are left")
     try:
         check_ports(config)
     except MeshStartError as error:

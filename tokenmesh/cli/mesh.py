@@ -14,11 +14,10 @@ from typing import Any
 
 import grpc
 import yaml
-from rich.console import Console
 
 from tokenmesh.cli.child import Child
 from tokenmesh.cli.serve import ServiceRole
-from tokenmesh.cli.status import Endpoint, ServiceStatus, check_health, collect, dial, local_endpoints, showing
+from tokenmesh.cli.status import Endpoint, Screen, ServiceStatus, check_health, collect, dial, local_endpoints, showing
 from tokenmesh.config import MeshConfig
 
 POLL_S = 0.2
@@ -210,12 +209,19 @@ def report(error: MeshStartError) -> None:
         print(f"  {line}", file=sys.stderr)
 
 
+def report_leftovers(mesh: Mesh) -> bool:
+    """Prints which processes a stopped mesh could not end; False if there are none."""
+    if mesh.leftovers:
+        print(f"tokenmesh: still running after SIGKILL: {', '.join(mesh.leftovers)}", file=sys.stderr)
+    return bool(mesh.leftovers)
+
+
 async def up(config: MeshConfig, log_dir: Path, timeout: float, command: CommandFactory = serve_command) -> int:
     """Runs a mesh until it is cancelled or a service ends. Returns the exit status.
 
     Raises CancelledError if it is cancelled before the mesh has served.
     """
-    console = Console()
+    console = Screen()
     mesh = Mesh(config, log_dir, timeout, command)
     code = 0
     try:
@@ -232,8 +238,7 @@ async def up(config: MeshConfig, log_dir: Path, timeout: float, command: Command
         if not mesh.serving:
             raise
     finally:
-        if mesh.leftovers:
-            report(MeshStartError("still running after SIGKILL: " + ", ".join(mesh.leftovers)))
+        if report_leftovers(mesh):
             code = 1
     return code
 

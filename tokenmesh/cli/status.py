@@ -6,6 +6,8 @@ import asyncio
 import dataclasses
 import enum
 import json
+import os
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -42,12 +44,7 @@ class ServiceState(enum.StrEnum):
     EXITED = "exited"
 
 
-_STYLES = {
-    ServiceState.STARTING: "yellow",
-    ServiceState.READY: "green",
-    ServiceState.UNREACHABLE: "red",
-    ServiceState.EXITED: "red",
-}
+_STYLES = {ServiceState.STARTING: "yellow", ServiceState.READY: "green"}
 
 
 @dataclass(frozen=True)
@@ -101,6 +98,15 @@ class ServiceStatus:
         return f"{self.state.value} ({self.error.rpartition(': ')[2]})" if self.error else self.state.value
 
 
+class Screen(Console):
+    """Standard output. When its reader goes away, what follows is dropped: a mesh must not end for that."""
+
+    def on_broken_pipe(self) -> None:
+        """Called by rich, whose own version ends the process."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def dial(host: str, port: int) -> str:
     """host:port as clients on this machine reach it: a wildcard that is listened on is no address to call."""
     host = _LOOPBACK.get(host, host)
@@ -144,7 +150,7 @@ async def collect(services: Sequence[Endpoint], timeout: float = TIMEOUT_S) -> l
 async def _ask(endpoint: Endpoint, timeout: float) -> ServiceStatus:
     async with open_channel(endpoint.address) as channel:
         try:
-            stub = admin_pb2_grpc.AdminServiceStub(channel)  # type: ignore[no-untyped-call]
+            stub = admin_pb2_grpc.AdminServiceStub(channel)
             reply = await stub.GetStatus(admin_pb2.GetStatusRequest(), timeout=timeout)
         except grpc.aio.AioRpcError as error:
             problem = MeshError.from_rpc(error)
@@ -178,19 +184,24 @@ def one_line(text: str) -> str:
 
 def to_table(statuses: Iterable[ServiceStatus]) -> Table:
     """For terminals."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("service", "address", "pid", "state"):
-        table.add_column(name, no_wrap=name != "state")
-    for name in ("running", "waiting", "KV blocks free/total"):
-        table.add_column(name, justify="right")
-    table.add_column("UCX transport")
+    # Narrow enough for 80 columns, or nearly so where process ids are known.
+    statuses = list(statuses)
+    with_pid = any(s.pid is not None for s in statuses)
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
+    for name in ("service", "address", "pid") if with_pid else ("service", "address"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("state", overflow="fold")
+    for name in ("run", "wait", "blocks\nfree/all"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("UCX", overflow="fold")
     for name in ("KV moved", "GB/s"):
         table.add_column(name, justify="right", no_wrap=True)
     for s in statuses:
         told = s.state in (ServiceState.READY, ServiceState.STARTING)
-        state = Text(s.described_state, style=_STYLES[s.state])
-        pid = "-" if s.pid is None else str(s.pid)
-        table.add_row(Text(s.name), Text(s.address), pid, state, *(_figures(s) if told else ["-"] * 6))
+        # Reasons are left to lines and JSON, which have room for them.
+        state = Text(dataclasses.replace(s, error="").described_state, style=_STYLES.get(s.state, "red"))
+        pid = ["-" if s.pid is None else str(s.pid)] if with_pid else []
+        table.add_row(Text(s.name), Text(s.address), *pid, state, *(_figures(s) if told else ["-"] * 6))
     return table
 
 
@@ -228,7 +239,7 @@ def all_ready(statuses: Sequence[ServiceStatus]) -> bool:
 def status(config: MeshConfig, as_json: bool) -> int:
     """Prints the state of a mesh once. Returns 0 if all of it is ready, else 1."""
     statuses = asyncio.run(collect(endpoints(config)))
-    console = Console()
+    console = Screen()
     if as_json:
         print(to_json(statuses))
     elif console.is_terminal:
@@ -238,10 +249,11 @@ def status(config: MeshConfig, as_json: bool) -> int:
     return 0 if all_ready(statuses) else 1
 
 
+Source = Callable[[], Awaitable[list[ServiceStatus]]]
+
+
 @asynccontextmanager
-async def showing(
-    source: Callable[[], Awaitable[list[ServiceStatus]]], console: Console, live: bool = True
-) -> AsyncIterator[None]:
+async def showing(source: Source, console: Console, live: bool = True) -> AsyncIterator[None]:
     """Shows a mesh while the block runs and once more when it ends, also if it fails.
 
     A terminal gets a table that is refreshed every second. Anything else, or with `live` off, gets one line for each
@@ -264,9 +276,7 @@ async def _next_look(done: asyncio.Event) -> None:
         await asyncio.wait_for(done.wait(), REFRESH_S)
 
 
-async def _show_table(
-    source: Callable[[], Awaitable[list[ServiceStatus]]], console: Console, done: asyncio.Event
-) -> None:
+async def _show_table(source: Source, console: Console, done: asyncio.Event) -> None:
     with Live(console=console, auto_refresh=False) as live:
         ended = False
         while not ended:
@@ -275,9 +285,7 @@ async def _show_table(
             await _next_look(done)
 
 
-async def _show_changes(
-    source: Callable[[], Awaitable[list[ServiceStatus]]], console: Console, done: asyncio.Event
-) -> None:
+async def _show_changes(source: Source, console: Console, done: asyncio.Event) -> None:
     known: dict[str, str] = {}
     ended = False
     while not ended:

@@ -12,14 +12,10 @@ import msgspec
 from tokenmesh.kv.geometry import BlockGeometry
 
 
-class _Message(msgspec.Struct, frozen=True, tag=True, gc=False):
-    pass
-
-
 # To the mover, from its engine worker (first three) or its service.
 
 
-class OpenSend(_Message):
+class OpenSend(msgspec.Struct, frozen=True, tag=True, gc=False):
     """Prepare to send: connect if need be."""
 
     transfer_id: bytes
@@ -27,7 +23,7 @@ class OpenSend(_Message):
     port: int
 
 
-class Push(_Message):
+class Push(msgspec.Struct, frozen=True, tag=True, gc=False):
     """Send blocks of one layer. `blocks` are local ids; `first` is the place of the first in the target's list."""
 
     transfer_id: bytes
@@ -36,33 +32,33 @@ class Push(_Message):
     blocks: list[int]
 
 
-class Commit(_Message):
+class Commit(msgspec.Struct, frozen=True, tag=True, gc=False):
     """Everything was pushed: ask for the owner's receipt and report it."""
 
     transfer_id: bytes
 
 
-class CancelSend(_Message):
+class CancelSend(msgspec.Struct, frozen=True, tag=True, gc=False):
     """Stop sending. SendDone follows, after which the source blocks may be reused; a done transfer is left alone."""
 
     transfer_id: bytes
 
 
-class Connect(_Message):
+class Connect(msgspec.Struct, frozen=True, tag=True, gc=False):
     """Connect to a peer before the first request needs it. Answered by Connected."""
 
     host: str
     port: int
 
 
-class Expect(_Message):
+class Expect(msgspec.Struct, frozen=True, tag=True, gc=False):
     """Accept writes into these local blocks under this ticket."""
 
     transfer_id: bytes
     blocks: list[int]
 
 
-class Settle(_Message):
+class Settle(msgspec.Struct, frozen=True, tag=True, gc=False):
     """Close a ticket. Answered by Settled; later messages that name it are dropped."""
 
     transfer_id: bytes
@@ -71,7 +67,7 @@ class Settle(_Message):
 # To the service.
 
 
-class MoverReady(_Message):
+class MoverReady(msgspec.Struct, frozen=True, tag=True, gc=False):
     """A mover listens."""
 
     shard: int
@@ -80,7 +76,7 @@ class MoverReady(_Message):
     geometry: BlockGeometry
 
 
-class Connected(_Message):
+class Connected(msgspec.Struct, frozen=True, tag=True, gc=False):
     """A pair is connected, or (with an error) is not."""
 
     host: str
@@ -91,7 +87,7 @@ class Connected(_Message):
     """Measured bytes per second; 0 if not measured."""
 
 
-class SendDone(_Message):
+class SendDone(msgspec.Struct, frozen=True, tag=True, gc=False):
     """A send has ended; its source blocks are no longer read."""
 
     transfer_id: bytes
@@ -104,7 +100,7 @@ class SendDone(_Message):
     transport: str
 
 
-class Settled(_Message):
+class Settled(msgspec.Struct, frozen=True, tag=True, gc=False):
     """A ticket is closed; its blocks are no longer written."""
 
     transfer_id: bytes
@@ -118,7 +114,7 @@ class Settled(_Message):
     bad_messages: int
 
 
-class WantKv(_Message):
+class WantKv(msgspec.Struct, frozen=True, tag=True, gc=False):
     """The scheduler reserved blocks for a prompt and asks for its KV."""
 
     request_id: str
@@ -131,13 +127,13 @@ class WantKv(_Message):
     blocks: list[int]
 
 
-class DropKv(_Message):
+class DropKv(msgspec.Struct, frozen=True, tag=True, gc=False):
     """The scheduler gave a request up while its KV was awaited."""
 
     request_id: str
 
 
-class EngineCounts(_Message):
+class EngineCounts(msgspec.Struct, frozen=True, tag=True, gc=False):
     """Blocks of a scheduler, sent when they change."""
 
     blocks_total: int
@@ -147,14 +143,14 @@ class EngineCounts(_Message):
 # To an engine worker.
 
 
-class KvArrived(_Message):
+class KvArrived(msgspec.Struct, frozen=True, tag=True, gc=False):
     """The blocks of a waiting request are in place, or (ok false) will not be."""
 
     request_id: str
     ok: bool
 
 
-class KvSent(_Message):
+class KvSent(msgspec.Struct, frozen=True, tag=True, gc=False):
     """The blocks of a finished prefill may be freed."""
 
     transfer_id: bytes

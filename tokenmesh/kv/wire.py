@@ -79,7 +79,7 @@ class Header:
     def _digest(self, payload: Buffer | None) -> int:
         # The header's own digest seeds the payload's, so that a payload cannot be moved under another header.
         seed = xxhash.xxh3_64_intdigest(self._pack(0))
-        return seed if payload is None else xxhash.xxh3_64_intdigest(payload, seed=seed)
+        return seed if payload is None else xxhash.xxh3_64_intdigest(payload.data, seed=seed)
 
     def to_buffer(self) -> Buffer:
         """The bytes to send, shape [HEADER_BYTES]."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
@@ -28,40 +28,34 @@ class PortInUseError(Exception):
 class _Interceptor(grpc.aio.ServerInterceptor):
     """Binds the request's context and turns exceptions into statuses: ours as they are, others into INTERNAL."""
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
-        details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any]:
-        handler = await continuation(details)
-        if handler is None or details.method.startswith("/grpc."):
+    async def intercept_service(self, continuation: Any, handler_call_details: grpc.HandlerCallDetails) -> Any:
+        """gRPC's hook: wraps the two kinds of methods that our services have."""
+        handler = await continuation(handler_call_details)
+        method = handler_call_details.method
+        if handler is None or method.startswith("/grpc."):
             return handler
-        headers = {k: v for k, v in details.invocation_metadata or () if isinstance(v, str)}
+        headers = {k: v for k, v in handler_call_details.invocation_metadata or () if isinstance(v, str)}
         codecs = (handler.request_deserializer, handler.response_serializer)
 
-        if handler.unary_unary:
-
-            async def unary(request: Any, context: Context[Any, Any]) -> Any:
-                with bind(WorkContext.from_headers(headers, getattr(request, "request_id", ""))):
-                    try:
-                        return await handler.unary_unary(request, context)
-                    except Exception as error:  # noqa: BLE001 - the last resort before the wire
-                        await _fail(context, details.method, error)
-
-            return grpc.unary_unary_rpc_method_handler(unary, *codecs)
-        if handler.unary_stream:
-
-            async def stream(request: Any, context: Context[Any, Any]) -> AsyncIterator[Any]:
-                # Each RPC runs in a task of its own; a dropped generator could not undo a binding.
-                adopt(WorkContext.from_headers(headers, getattr(request, "request_id", "")))
+        async def unary(request: Any, context: Any) -> Any:
+            with bind(WorkContext.from_headers(headers, getattr(request, "request_id", ""))):
                 try:
-                    async for response in handler.unary_stream(request, context):
-                        yield response
+                    return await handler.unary_unary(request, context)
                 except Exception as error:  # noqa: BLE001 - the last resort before the wire
-                    await _fail(context, details.method, error)
+                    await _fail(context, method, error)
 
+        async def stream(request: Any, context: Any) -> AsyncIterator[Any]:
+            # Each RPC runs in a task of its own; a dropped generator could not undo a binding.
+            adopt(WorkContext.from_headers(headers, getattr(request, "request_id", "")))
+            try:
+                async for response in handler.unary_stream(request, context):
+                    yield response
+            except Exception as error:  # noqa: BLE001 - the last resort before the wire
+                await _fail(context, method, error)
+
+        if handler.unary_stream:
             return grpc.unary_stream_rpc_method_handler(stream, *codecs)
-        return handler
+        return grpc.unary_unary_rpc_method_handler(unary, *codecs)
 
 
 async def _fail(context: Context[Any, Any], method: str, error: Exception) -> None:

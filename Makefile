@@ -1,0 +1,81 @@
+# Every check has a fixer: lint/fix, verify/proto, lock. `make help` lists the targets.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+PROTOS := $(wildcard protos/tokenmesh/v1/*.proto)
+STUBS  := tokenmesh/v1
+
+.DEFAULT_GOAL := help
+
+.PHONY: help setup demo up test test-unit lint types fix proto verify lock bench bench-mesh clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
+
+setup: $(READY) ## install everything into .venv
+
+# torch comes first and alone, so that its CPU build can be chosen; the lock is complete, hence --no-deps: resolving
+# again would bring builds that do not match that torch.
+$(READY): requirements/cpu.lock requirements/dev.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --no-deps -r requirements/cpu.lock -r requirements/dev.lock
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+demo: $(READY) ## bring a mesh up, ask it three questions, take it down
+	$(BIN)/tokenmesh demo -c examples/mesh.yaml
+
+up: $(READY) ## bring a mesh up and watch it until Ctrl-C
+	$(BIN)/tokenmesh up -c examples/mesh.yaml
+
+test: $(READY) ## all tests; starts one mesh
+	$(BIN)/pytest tests
+
+test-unit: $(READY) ## tests that start no engine
+	$(BIN)/pytest tests/unit
+
+lint: $(READY) ## style, spelling, layering, protos, containers, manifests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	$(BIN)/lint-imports
+	$(BIN)/buf lint protos
+	$(BIN)/buf format --diff --exit-code protos
+	$(BIN)/python deploy/check_manifests.py
+
+types: $(READY) ## mypy, strict
+	$(BIN)/mypy
+
+fix: $(READY) ## what lint can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/codespell --write-changes
+	$(BIN)/buf format --write protos
+
+proto: $(READY) ## regenerate the stubs
+	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=. --pyi_out=. --grpc_python_out=. $(PROTOS)
+
+verify: $(READY) ## the committed stubs are those of the protos
+	rm -rf build/verify && mkdir -p build/verify
+	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=build/verify --pyi_out=build/verify \
+	  --grpc_python_out=build/verify $(PROTOS)
+	touch build/verify/tokenmesh/v1/__init__.py
+	diff -r -x __pycache__ build/verify/tokenmesh/v1 $(STUBS) || (echo "run 'make proto'" && false)
+
+LOCK = uv pip compile --quiet --override overrides.txt --python-version 3.11 --no-header --no-annotate \
+  --no-emit-find-links --no-emit-package torch
+
+lock: ## resolve requirements/*.in again (needs uv)
+	cd requirements && $(LOCK) cpu.in -o cpu.lock && $(LOCK) dev.in -c cpu.lock -o dev.full
+	cd requirements && grep -vxFf cpu.lock dev.full > dev.lock; rm dev.full
+
+bench: bench-mesh ## all benchmarks of this machine
+
+bench-mesh: $(READY) ## the mesh against a plain engine, paired; JSON and plot in build/bench
+	$(BIN)/python -m benchmarks.mesh
+
+clean: ## remove what was built, keep the environment
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
