@@ -187,7 +187,7 @@ def main() -> int:
     config_file, log_dir, *habits = rest
     fakes = command(**dict(habit.split("=") for habit in habits))
     run = {"up": mesh.up, "demo": demo.demo}[kind]
-    return mesh.run_until_signal(run(load_config(Path(config_file)), Path(log_dir), 30, fakes))
+    return mesh.run_until_signal(run(load_config(Path(config_file)), Path(log_dir), 60, fakes))
 
 
 if __name__ == "__main__":

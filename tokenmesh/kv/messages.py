@@ -11,7 +11,6 @@ import msgspec
 
 from tokenmesh.kv.geometry import BlockGeometry
 
-
 # To the mover, from its engine worker (first three) or its service.
 
 

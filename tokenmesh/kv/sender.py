@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import structlog
@@ -87,6 +86,8 @@ class Peer:
 class _Transfer:
     commands: asyncio.Queue[Push | Commit] = field(default_factory=asyncio.Queue)
     task: asyncio.Task[None] | None = None
+    begun: bool = False
+    cancelled: bool = False
     messages: int = 0
     bytes: int = 0
     block_layers: int = 0
@@ -158,7 +159,7 @@ class Sender:
         """Opens a transfer. Its pushes are sent in order as they come."""
         transfer = self._transfers.setdefault(transfer_id, _Transfer())
         if transfer.task is None:
-            transfer.task = asyncio.create_task(self._run(transfer_id, transfer, self._peer(host, port)))
+            transfer.task = asyncio.create_task(self._run(transfer_id, transfer, host, port))
 
     def add(self, command: Push | Commit) -> None:
         """Queues a push or the commit of an open transfer; one that was cancelled is ignored."""
@@ -172,13 +173,19 @@ class Sender:
         """Stops a transfer; SendDone follows once nothing reads its blocks. One that is done or unknown is ignored."""
         transfer = self._transfers.get(transfer_id)
         if transfer is not None and transfer.task is not None:
-            transfer.task.cancel()
+            transfer.cancelled = True
+            # A task that has not begun yet would never report if it were cancelled; it looks at the flag instead.
+            if transfer.begun:
+                transfer.task.cancel()
 
-    async def _run(self, transfer_id: bytes, transfer: _Transfer, connect: Coroutine[Any, Any, Peer]) -> None:
+    async def _run(self, transfer_id: bytes, transfer: _Transfer, host: str, port: int) -> None:
         error = ""
         sends: set[asyncio.Task[None]] = set()
+        transfer.begun = True
         try:
-            peer = await connect
+            if transfer.cancelled:
+                raise asyncio.CancelledError
+            peer = await self._peer(host, port)
             transfer.transport = peer.transport
             transfer.started = time.monotonic()
             while isinstance(command := await transfer.commands.get(), Push):
