@@ -7,6 +7,7 @@ import os
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,11 +28,11 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def mesh_config(**sections: object) -> MeshConfig:
-    """A float32 mesh for two cores: decode on the first, prefill on the second, eager, small caches, free ports."""
+def mesh_config(dtype: str = "float32", **sections: object) -> MeshConfig:
+    """A mesh for two cores: decode on the first, prefill on the second, eager, small caches, free ports."""
     engine = {"kv_cache_memory_bytes": KV_BYTES, "enforce_eager": True, "max_num_batched_tokens": 512}
     return MeshConfig(
-        dtype="float32",
+        dtype=dtype,
         max_model_len=4096,
         gateway={"port": free_port(), "grpc_port": free_port()},
         prefill_service={"port": free_port(), "cpu_omp_threads_bind": "1", **engine},
@@ -103,14 +104,9 @@ class RunningMesh:
         return asyncio.run(poll())
 
 
-@pytest.fixture(scope="session")
-def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningMesh]:
-    """The session's mesh. With TOKENMESH_TEST_MESH=FILE an already running one is used instead."""
-    if running := os.environ.get("TOKENMESH_TEST_MESH"):
-        yield RunningMesh(load_config(Path(running)))
-        return
-    config = mesh_config()
-    logs = tmp_path_factory.mktemp("mesh-logs")
+@contextmanager
+def run_mesh(config: MeshConfig, logs: Path) -> Iterator[RunningMesh]:
+    """A mesh for the length of the block, supervised by an event loop in a thread of its own."""
     started, stop = threading.Event(), threading.Event()
     failure: list[BaseException] = []
 
@@ -130,10 +126,22 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningMesh]:
     started.wait()
     if failure:
         pytest.fail(f"the mesh did not start: {failure[0]}; logs in {logs}")
-    yield RunningMesh(config)
-    stop.set()
-    thread.join(60)
-    assert not thread.is_alive()
+    try:
+        yield RunningMesh(config)
+    finally:
+        stop.set()
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="session")
+def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningMesh]:
+    """The session's mesh, in float32. With TOKENMESH_TEST_MESH=FILE an already running one is used instead."""
+    if running := os.environ.get("TOKENMESH_TEST_MESH"):
+        yield RunningMesh(load_config(Path(running)))
+        return
+    with run_mesh(mesh_config(), tmp_path_factory.mktemp("mesh-logs")) as running_mesh:
+        yield running_mesh
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import grpc
 import msgspec
 import pytest
 
-from tests.conftest import KV_BYTES, RunningMesh
+from tests.conftest import KV_BYTES, RunningMesh, mesh_config, run_mesh
 from tokenmesh.model_store import resolve_model
 from tokenmesh.v1 import decode_pb2, decode_pb2_grpc, sampling_pb2
 
@@ -140,3 +140,25 @@ async def test_greedy_tokens_equal_a_plain_engine(mesh: RunningMesh, tmp_path: P
     assert [tokens for tokens, _ in again] == truth
     cached = sum(decision == sampling_pb2.PREFILL_DECISION_PREFIX_CACHED for _, decision in again)
     assert cached > 0
+
+
+@pytest.mark.timeout(900)
+async def test_bfloat16_agrees_in_99_of_100_tokens(mesh: RunningMesh, tmp_path: Path) -> None:
+    # bfloat16 rounds so coarsely that two orders of the same sum may pick different tokens; plain engines differ from
+    # themselves when batches differ. What is asserted is agreement; the differences are printed.
+    all_prompts = prompts()[:48]
+    truth = await asyncio.to_thread(plain_engine, all_prompts, "bfloat16", tmp_path)
+
+    def ask() -> list[tuple[list[int], int]]:
+        with run_mesh(mesh_config("bfloat16"), tmp_path / "logs") as other:
+            return asyncio.run(through_mesh(other, all_prompts, concurrent=8))
+
+    answers = await asyncio.to_thread(ask)
+    assert sum(decision == sampling_pb2.PREFILL_DECISION_DISAGGREGATED for _, decision in answers) >= 20
+    pairs = [
+        (a, b) for (tokens, _), want in zip(answers, truth, strict=True) for a, b in zip(tokens, want, strict=True)
+    ]
+    equal = sum(a == b for a, b in pairs)
+    differing = [i for i, (tokens, _) in enumerate(answers) if tokens != truth[i]]
+    print(f"bfloat16: {equal} of {len(pairs)} tokens equal; prompts that differ: {differing}")
+    assert equal >= 0.99 * len(pairs)
