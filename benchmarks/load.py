@@ -188,7 +188,8 @@ def _parse(sent: float, reads: Sequence[tuple[float, bytes]], output_tokens: int
         cached = details.get("cached_tokens") or cached
     stream = Stream(sent, tuple(chunks), cached)
     if not done or stream.tokens != output_tokens:
-        raise LoadError(f"a stream ended with {stream.tokens} of {output_tokens} tokens{'' if done else ', unfinished'}")
+        how = "" if done else ", unfinished"
+        raise LoadError(f"a stream ended with {stream.tokens} of {output_tokens} tokens{how}")
     return stream
 
 

@@ -11,36 +11,25 @@ prefill  Prompts that the mesh computes on its prefill service, on core 1, while
 from __future__ import annotations
 
 import argparse
-import asyncio
 import os
 import random
-import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import ExitStack, asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import aiohttp
-import yaml
-
 from benchmarks.harness import Pair, Panel, Report, commit, median, paired, plot
 from benchmarks.load import LoadError, LoadResult, run_load
-from tokenmesh.cli.child import Child
+from benchmarks.servers import KV_BYTES, START_TIMEOUT_S, mesh_config, plain_server
 from tokenmesh.cli.mesh import Mesh, MeshStartError, run_until_signal
 from tokenmesh.cli.serve import ServiceRole
-from tokenmesh.cli.status import Endpoint
-from tokenmesh.config import MeshConfig
 
 MIN_PAIRS = 5
 SMALL_PAIRS = 2
 SETTLE_S = 2.0
 """Before each side is measured: vLLM's processes go on spinning for one second after their last step."""
-START_TIMEOUT_S = 600.0
-"""For one engine or mesh; compiling for the first time on a machine takes minutes."""
-KV_BYTES = 512 << 20
 TOKEN_IDS = range(1000, 40_000)
 """Ordinary words of the embedded model."""
 
@@ -171,71 +160,6 @@ def panels(decode: Sequence[Pair[Measured]], prefill: Sequence[Pair[Measured]]) 
     ]
 
 
-def mesh_config(eager: bool) -> MeshConfig:
-    """A mesh for two cores: decode on the first, prefill on the second, on free ports."""
-    rest, rpc, prefill, decode = _free_ports(4)
-    engine = {"kv_cache_memory_bytes": KV_BYTES, "enforce_eager": eager}
-    sections: dict[str, Any] = {
-        "gateway": {"port": rest, "grpc_port": rpc},
-        "prefill_service": {"port": prefill, "cpu_omp_threads_bind": "1", **engine},
-        "decode_service": {"port": decode, "cpu_omp_threads_bind": "0", **engine},
-    }
-    return MeshConfig(dtype="bfloat16", max_model_len=4096, **sections)
-
-
-def _free_ports(count: int) -> list[int]:
-    with ExitStack() as held:
-        listeners = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [listener.getsockname()[1] for listener in listeners]
-
-
-@asynccontextmanager
-async def plain_server(config: MeshConfig, cores: str, logs: Path) -> AsyncIterator[str]:
-    """A plain vLLM server with the settings of the mesh's decode root; gives its URL. Raises MeshStartError."""
-    [port] = _free_ports(1)
-    file, log = logs / "plain.yaml", logs / f"plain-{cores}.log"
-    file.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-    command = [sys.executable, "-m", "benchmarks.plain_server", "--config", str(file)]
-    command += ["--port", str(port), "--cores", cores]
-    # A Child ends with all that it has started. The role says nothing here.
-    child = Child(Endpoint(ServiceRole.DECODE_ROOT, 0, f"127.0.0.1:{port}"), command, log)
-    try:
-        await _wait_healthy(child, f"http://127.0.0.1:{port}")
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        await _stop(child)
-
-
-async def _wait_healthy(child: Child, url: str) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as session:
-        while True:
-            if child.poll() is not None:
-                raise MeshStartError(f"the plain server exited (log: {child.log_path})", child.last_lines())
-            with suppress(aiohttp.ClientError, TimeoutError):
-                async with session.get(f"{url}/health") as response:
-                    if response.status == 200:
-                        return
-            if time.monotonic() > deadline:
-                raise MeshStartError(f"the plain server is not ready after {START_TIMEOUT_S:g} s ({child.log_path})")
-            await asyncio.sleep(0.5)
-
-
-async def _stop(child: Child) -> None:
-    """Ends it even if cancelled meanwhile, which only makes it hurry."""
-    hurry = asyncio.Event()
-    stopping = asyncio.create_task(child.stop(hurry))
-    while not stopping.done():
-        try:
-            await asyncio.shield(stopping)
-        except asyncio.CancelledError:
-            hurry.set()
-    for left in stopping.result():
-        _say(f"still running: {left}")
-    if hurry.is_set():
-        raise asyncio.CancelledError
-
-
 async def bench(pairs: int, loads: tuple[Load, Load], eager: bool, out: Path, notes: list[str]) -> int:
     """Measures and writes the report. Returns the exit status: 1 if it measured something else than it should."""
     config, started_at, began = mesh_config(eager), commit(), time.monotonic()
@@ -309,7 +233,7 @@ def main() -> int:
     """Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.mesh", description=__doc__.partition("\n")[0])
     parser.add_argument("--pairs", type=int, help=f"per load, at least {MIN_PAIRS}, which is also the default")
-    parser.add_argument("--small", action="store_true", help=f"{SMALL_PAIRS} pairs of 8 tokens: only proves that it runs")
+    parser.add_argument("--small", action="store_true", help=f"{SMALL_PAIRS} pairs of 8 tokens, as a trial")
     parser.add_argument("--eager", action="store_true", help="engines that do not compile")
     parser.add_argument("--out", type=Path, default=Path("build/bench"), help="folder of mesh.json and mesh.png")
     options = parser.parse_args()

@@ -168,7 +168,7 @@ class MeshCore:
             cache_salt=request.cache_salt or "",
             priority=request.priority,
             arrival_time=_timestamp(request.arrival_time),
-            local_prefill_only=not candidates,
+            local_prefill_only=self._config.mode == "decode",
         )
         stub = decode_pb2_grpc.DecodeServiceStub(peer.channel)
         call = stub.Generate(message, timeout=self._config.request_timeout_s, metadata=outgoing_metadata())

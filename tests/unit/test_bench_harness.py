@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -230,7 +231,7 @@ async def test_client_measures_ttft_and_itl(split: bool) -> None:
         result = await load(server)
     # What the server did, not what it was told: other tests may slow it down.
     [received], [sent] = server.received, server.sent
-    expected = [later - earlier for earlier, later in zip(sent, sent[1:], strict=False)]
+    expected = [later - earlier for earlier, later in pairwise(sent)]
     assert result.ttft_ms() / 1e3 == pytest.approx(sent[0] - received, abs=TOLERANCE_S)
     assert result.itl_ms() / 1e3 == pytest.approx(median(expected), abs=TOLERANCE_S / 3)
     assert result.tokens == 8
@@ -269,7 +270,7 @@ async def test_client_raises_what_the_server_said() -> None:
     server = FakeServer()
     server.status = 404
     async with server.serving():
-        with pytest.raises(LoadError, match="404.*no such model"):
+        with pytest.raises(LoadError, match=r"404.*no such model"):
             await load(server, prompts=3, concurrency=2)
     with pytest.raises(LoadError, match="ClientConnector"):
         await load(server)

@@ -65,7 +65,7 @@ class MoverArgs(msgspec.Struct, frozen=True):
 
 async def _run(args: MoverArgs) -> None:
     # UCX reads its environment on import.
-    settings = {"UCX_WARN_UNUSED_ENV_VARS": "n", **transports.environment(args.transport)}
+    settings = transports.environment(args.transport)
     os.environ.update({k: v for k, v in settings.items() if k not in os.environ})
     from tokenmesh.kv.receiver import Receiver
     from tokenmesh.kv.sender import Sender

@@ -8,7 +8,7 @@ was given to somebody else, whatever the sender does.
 from __future__ import annotations
 
 import asyncio
-import time
+import contextlib
 from collections import Counter
 from collections.abc import Callable
 
@@ -17,6 +17,7 @@ import structlog
 
 from tokenmesh.kv.memory import Buffer, KvMemory
 from tokenmesh.kv.messages import Expect, Settled
+from tokenmesh.kv.stopwatch import Stopwatch
 from tokenmesh.kv.ucx import UcxEndpoint, UcxError
 from tokenmesh.kv.wire import HEADER_BYTES, HEADER_CHANNEL, PAYLOAD_CHANNEL, Header, Kind, WireError
 
@@ -32,8 +33,7 @@ class _Ticket:
         self.bytes = 0
         self.bad = 0
         self.error = ""
-        self.first = 0.0
-        self.last = 0.0
+        self.wire = Stopwatch()
         self.transport = ""
 
     @property
@@ -85,7 +85,7 @@ class Receiver:
                 error,
                 ticket.bytes,
                 int((~ticket.missing).sum()),
-                ticket.last - ticket.first,
+                ticket.wire.seconds,
                 ticket.transport,
                 ticket.bad,
             )
@@ -122,8 +122,10 @@ class Receiver:
             await asyncio.gather(*applied, return_exceptions=True)
 
     async def _receive(self, received: asyncio.Future[None], header: Header, staging: Buffer, transport: str) -> None:
+        ticket = self._tickets.get(header.transfer_id)
         try:
-            await received
+            with ticket.wire.message() if ticket is not None else contextlib.nullcontext():
+                await received
             self._apply(header, staging[: header.length], transport)
         finally:
             self._staging.put_nowait(staging)
@@ -134,8 +136,7 @@ class Receiver:
         if ticket is None:
             self.counts["probe" if header.transfer_id == bytes(16) else "stray"] += 1
             return
-        now = time.monotonic()
-        ticket.first, ticket.last, ticket.transport = ticket.first or now, now, transport
+        ticket.transport = transport
         geometry = self._memory.geometry
         stop = header.first + header.blocks
         if not header.intact(payload):

@@ -13,6 +13,7 @@ import structlog
 
 from tokenmesh.kv.memory import Buffer, KvMemory
 from tokenmesh.kv.messages import Commit, Connected, Push, SendDone
+from tokenmesh.kv.stopwatch import Stopwatch
 from tokenmesh.kv.ucx import UcxEndpoint, UcxError, UcxWorker
 from tokenmesh.kv.wire import HEADER_BYTES, HEADER_CHANNEL, PAYLOAD_CHANNEL, Header, Kind, WireError
 
@@ -91,7 +92,7 @@ class _Transfer:
     messages: int = 0
     bytes: int = 0
     block_layers: int = 0
-    started: float = 0.0
+    wire: Stopwatch = field(default_factory=Stopwatch)
     committed: float = 0.0
     transport: str = ""
 
@@ -187,7 +188,6 @@ class Sender:
                 raise asyncio.CancelledError
             peer = await self._peer(host, port)
             transfer.transport = peer.transport
-            transfer.started = time.monotonic()
             while isinstance(command := await transfer.commands.get(), Push):
                 await self._push(transfer_id, transfer, peer, command, sends)
             await asyncio.gather(*sends)
@@ -211,7 +211,7 @@ class Sender:
                     error,
                     transfer.bytes,
                     transfer.block_layers,
-                    now - (transfer.started or now),
+                    transfer.wire.seconds,
                     now - (transfer.committed or now),
                     transfer.transport,
                 )
@@ -243,15 +243,16 @@ class Sender:
             transfer.messages += 1
             transfer.bytes += header.length
             transfer.block_layers += len(blocks)
-            task = asyncio.create_task(self._send(peer, header, payload, staging))
+            task = asyncio.create_task(self._send(peer, header, payload, staging, transfer.wire))
             sends.add(task)
             # Failed sends stay in the set, so that the gather before COMMIT raises what they met.
             task.add_done_callback(lambda t: sends.discard(t) if not t.cancelled() and not t.exception() else None)
             await asyncio.sleep(0)
 
-    async def _send(self, peer: Peer, header: Header, payload: Buffer, staging: Buffer | None) -> None:
+    async def _send(self, peer: Peer, header: Header, payload: Buffer, staging: Buffer | None, wire: Stopwatch) -> None:
         try:
-            await peer.send(header, payload)
+            with wire.message():
+                await peer.send(header, payload)
         finally:
             if staging is not None:
                 self._staging.put_nowait(staging)

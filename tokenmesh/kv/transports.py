@@ -16,7 +16,10 @@ def environment(transport: str) -> Mapping[str, str]:
     shared-memory lanes; MM_ERROR_HANDLING keeps them (8-9 GB/s instead of about 1 on loopback). TCP needs put_zcopy:
     otherwise rendezvous falls back to fragmented copies. The two must not be mixed: put_zcopy slows shared memory.
     """
-    return {"auto": _SHM, "shm": {**_SHM, "UCX_TLS": "sysv,posix,cma,self,tcp"}, "tcp": _TCP, "system": {}}[transport]
+    shm = {**_SHM, "UCX_TLS": "sysv,posix,cma,self,tcp"}
+    chosen = {"auto": _SHM, "shm": shm, "tcp": _TCP, "system": {}}[transport]
+    # A restarted service must get its listener's port back at once.
+    return {"UCX_TCP_CM_REUSEADDR": "y", "UCX_WARN_UNUSED_ENV_VARS": "n", **chosen}
 
 
 class _TransportEntry(ctypes.Structure):

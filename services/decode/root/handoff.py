@@ -31,6 +31,8 @@ SETTLE_TIMEOUT_S = 5.0
 
 CONNECT_TIMEOUT_S = 10.0
 
+RECONNECT_S = 0.5
+
 RETRY_AFTER_S = 2.0
 """A prefill service that was unreachable is tried last for this long."""
 
@@ -265,7 +267,7 @@ class HandOff:
                         "prefill not connected", prefill=address, reason=failure.reason.value, error=failure.message
                     )
                 told = failure.reason.value
-            await asyncio.sleep(RETRY_AFTER_S)
+            await asyncio.sleep(RETRY_AFTER_S if address in self.connected else RECONNECT_S)
 
     def _channel(self, address: str) -> grpc.aio.Channel:
         if address not in self._channels:

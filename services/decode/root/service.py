@@ -107,7 +107,9 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
 
     def _prompt(self, request: decode_pb2.GenerateRequest, live: LiveRequest) -> Prompt | None:
         """The request as the hand-off sees it, or None if its prompt must be computed here."""
-        candidates = tuple(c.address for c in request.prefill_candidates) or self._prefills
+        candidates = tuple(c.address for c in request.prefill_candidates)
+        if not candidates:
+            candidates = tuple(address for address in self._prefills if address in self._handoff.connected)
         too_short = len(request.prompt_token_ids) < self._config.remote_prefill_min_tokens
         wants_logprobs = request.sampling_params.HasField("prompt_logprobs")
         if request.local_prefill_only or not candidates or too_short or wants_logprobs:
