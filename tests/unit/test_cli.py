@@ -10,6 +10,8 @@ import re
 import signal
 import socket
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,19 @@ async def run(*args: object) -> tuple[int, str, str]:
     out, err = await process.communicate()
     assert process.returncode is not None
     return process.returncode, out.decode(), err.decode()
+
+
+@asynccontextmanager
+async def over_fakes(name: str, *args: Path) -> AsyncIterator[asyncio.subprocess.Process]:
+    """`tokenmesh NAME` over fake services; it is told to stop when the test fails before it has ended."""
+    command = [sys.executable, fake_service.__file__, name, *map(str, args)]
+    process = await asyncio.create_subprocess_exec(*command, stdout=-1, stderr=-1, env={**os.environ, "COLUMNS": "20"})
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.terminate()
+            await process.communicate()
 
 
 def running(pids: list[int]) -> list[int]:
@@ -243,36 +258,34 @@ async def test_stubborn_service_is_killed(config: MeshConfig, tmp_path: Path, mo
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 async def test_up_until_a_signal_or_a_death(mesh_file: Path, tmp_path: Path, number: signal.Signals) -> None:
-    # 1. Without a terminal, each change of state is a line.
-    command = [sys.executable, fake_service.__file__, "up", str(mesh_file), str(tmp_path)]
-    process = await asyncio.create_subprocess_exec(*command, stdout=-1, stderr=-1, env={**os.environ, "COLUMNS": "20"})
-    assert process.stdout is not None
-    output, found = "", {}
-    while " is served: http://127.0.0.1:" not in output or len(found) < 3:
-        output += (line := (await process.stdout.readline()).decode())
-        assert line, "it ended early"
-        found = dict(re.findall(r"^(\S+): (?:starting|ready), .*, pid (\d+)$", output, re.MULTILINE))
-    pids = [int(pid) for pid in found.values()]
-    assert len(running(pids)) == 3
-    # 2. A signal ends the mesh in order. SIGKILL goes to one service instead: that ends the mesh with an error.
-    if number == signal.SIGKILL:
-        os.kill(int(found["decode-root-0"]), number)
-    else:
-        process.send_signal(number)
-    out, err = (stream.decode() for stream in await process.communicate())
-    killed = number == signal.SIGKILL
-    assert process.returncode == (1 if killed else 0)
-    assert ("tokenmesh: decode-root-0 exited (code -9)" in err) == killed
-    assert len(re.findall(r"exited \(code 0\)", out)) == (2 if killed else 3)
-    # 3. Nothing is left.
-    assert running(pids) == []
+    async with over_fakes("up", mesh_file, tmp_path) as process:
+        # 1. Without a terminal, each change of state is a line.
+        assert process.stdout is not None
+        output, found = "", {}
+        while " is served: http://127.0.0.1:" not in output or len(found) < 3:
+            output += (line := (await process.stdout.readline()).decode())
+            assert line, "it ended early"
+            found = dict(re.findall(r"^(\S+): (?:starting|ready), .*, pid (\d+)$", output, re.MULTILINE))
+        pids = [int(pid) for pid in found.values()]
+        assert len(running(pids)) == 3
+        # 2. A signal ends the mesh in order. SIGKILL goes to one service instead: that ends the mesh with an error.
+        if number == signal.SIGKILL:
+            os.kill(int(found["decode-root-0"]), number)
+        else:
+            process.send_signal(number)
+        out, err = (stream.decode() for stream in await process.communicate())
+        killed = number == signal.SIGKILL
+        assert process.returncode == (1 if killed else 0)
+        assert ("tokenmesh: decode-root-0 exited (code -9)" in err) == killed
+        assert len(re.findall(r"exited \(code 0\)", out)) == (2 if killed else 3)
+        # 3. Nothing is left.
+        assert running(pids) == []
 
 
 async def test_demo(mesh_file: Path, tmp_path: Path) -> None:
     # 1. Three answers with their figures, what was moved, and nothing left.
-    command = [sys.executable, fake_service.__file__, "demo", str(mesh_file), str(tmp_path)]
-    process = await asyncio.create_subprocess_exec(*command, stdout=-1, stderr=-1)
-    out, err = (stream.decode() for stream in await process.communicate())
+    async with over_fakes("demo", mesh_file, tmp_path) as process:
+        out, err = (stream.decode() for stream in await process.communicate())
     assert (process.returncode, err) == (0, "")
     assert "Paris." in out
     assert f"I read {LONG_PROMPT_TOKENS} tokens, truly." in out

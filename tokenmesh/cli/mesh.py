@@ -21,6 +21,7 @@ from tokenmesh.cli.status import Endpoint, Screen, ServiceStatus, check_health, 
 from tokenmesh.config import MeshConfig
 
 POLL_S = 0.2
+CONNECT_S = 15.0
 
 CommandFactory = Callable[[Endpoint, Path], Sequence[str]]
 """From a service and the mesh file to the command that runs it."""
@@ -109,6 +110,20 @@ class Mesh:
                 )
             for child, ready in zip(waiting, await asyncio.gather(*map(_is_serving, waiting)), strict=True):
                 child.ready = ready
+            await asyncio.sleep(POLL_S)
+        await self._wait_connected()
+
+    async def _wait_connected(self) -> None:
+        """Waits until the services have found each other, so that the first request is served as later ones are.
+
+        Not for ever: a mesh that cannot move KV still answers, and its status says what is missing.
+        """
+        ours = {child.endpoint.address for child in self.children}
+        deadline = time.monotonic() + CONNECT_S
+        while time.monotonic() < deadline:
+            missing = {address for status in await self.statuses() for address in status.missing_peers}
+            if not missing & ours:
+                return
             await asyncio.sleep(POLL_S)
 
     async def statuses(self) -> list[ServiceStatus]:

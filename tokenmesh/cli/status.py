@@ -81,6 +81,8 @@ class ServiceStatus:
     kv_bytes: int = 0
     kv_seconds: float = 0.0
     counters: dict[str, int] = field(default_factory=dict)
+    missing_peers: tuple[str, ...] = ()
+    """Services that it uses and cannot reach."""
     error: str = ""
     """Why it is unreachable."""
 
@@ -166,6 +168,7 @@ async def _ask(endpoint: Endpoint, timeout: float) -> ServiceStatus:
         role=endpoint.role,
         address=endpoint.address,
         state=ServiceState.READY if reply.ready else ServiceState.STARTING,
+        missing_peers=tuple(peer.address for peer in reply.peers if not peer.ready),
         running=reply.running,
         waiting=reply.waiting,
         blocks_free=reply.blocks_free,
