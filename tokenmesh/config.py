@@ -40,7 +40,8 @@ class KvTransferConfig(_Section):
     host: str = "127.0.0.1"
     """Address of this service's UCX listener, as its peers reach it."""
     port: Port = 0
-    """Port of the UCX listener of shard 0; shard i listens on port + i. 0 picks free ones."""
+    """Port of the UCX listener of replica 0's shard 0; the next shard listens on the next port, and after the last
+    shard the next replica begins. 0 picks free ones."""
     chunk_bytes: Annotated[int, Field(ge=64 << 10, le=256 << 20)] = 8 << 20
     """Largest UCX message. Scattered blocks are gathered up to this size."""
     window: Annotated[int, Field(ge=1, le=16)] = 4
@@ -67,7 +68,8 @@ class EngineConfig(_Section):
     enforce_eager: bool = False
     seed: int = 0
     cpu_omp_threads_bind: str | None = None
-    """Cores of this engine on a CPU host, e.g. ``0-15``; as VLLM_CPU_OMP_THREADS_BIND. Absent: vLLM chooses."""
+    """Cores of this engine on a CPU host, e.g. ``0-15``, or ``nobind``; as VLLM_CPU_OMP_THREADS_BIND. Absent: vLLM
+    chooses."""
     engine_args: dict[str, Any] = Field(default_factory=dict)
     """Any other vLLM engine argument, by its Python name."""
 

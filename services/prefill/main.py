@@ -56,7 +56,7 @@ async def serve(mesh: MeshConfig, replica: int, stop: asyncio.Event) -> None:
     await server.start()
     try:
         model_path = await asyncio.to_thread(resolve_model, mesh.model)
-        async with run_engine(mesh, config, model_path, servicer.handle) as engine:
+        async with run_engine(mesh, config, model_path, replica, servicer.handle) as engine:
             servicer.attach(engine)
             ready = True
             await server.ready()

@@ -99,9 +99,7 @@ class Mesh:
     async def _wait_ready(self) -> None:
         deadline = time.monotonic() + self._start_timeout
         while waiting := [child for child in self.children if not child.ready]:
-            for child in self.children:
-                if child.poll() is not None:
-                    raise exited(child)
+            self._check_alive()
             if time.monotonic() > deadline:
                 names = ", ".join(child.endpoint.name for child in waiting)
                 raise MeshStartError(
@@ -113,6 +111,11 @@ class Mesh:
             await asyncio.sleep(POLL_S)
         await self._wait_connected()
 
+    def _check_alive(self) -> None:
+        for child in self.children:
+            if child.poll() is not None:
+                raise exited(child)
+
     async def _wait_connected(self) -> None:
         """Waits until the services have found each other, so that the first request is served as later ones are.
 
@@ -121,6 +124,7 @@ class Mesh:
         ours = {child.endpoint.address for child in self.children}
         deadline = time.monotonic() + CONNECT_S
         while time.monotonic() < deadline:
+            self._check_alive()
             missing = {address for status in await self.statuses() for address in status.missing_peers}
             if not missing & ours:
                 return
@@ -198,8 +202,9 @@ def check_ports(config: MeshConfig) -> None:
             ports.append((f"{role}-{i}", section.host, section.port + i))
             if section.kv_transfer.port:
                 # UCX listens on every address.
+                first = section.kv_transfer.port + i * section.tensor_parallel_size
                 shards = range(section.tensor_parallel_size)
-                ports += [(f"{role}-{i} KV", "0.0.0.0", section.kv_transfer.port + shard) for shard in shards]
+                ports += [(f"{role}-{i} KV", "0.0.0.0", first + shard) for shard in shards]
     taken: dict[int, str] = {}
     with contextlib.ExitStack() as held:
         for name, host, port in ports:

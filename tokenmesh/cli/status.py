@@ -26,8 +26,6 @@ from tokenmesh.rpc.channel import open_channel
 from tokenmesh.rpc.errors import MeshError
 from tokenmesh.v1 import admin_pb2, admin_pb2_grpc
 
-TIMEOUT_S = 1.0
-"""For one service's answer."""
 REFRESH_S = 1.0
 """Between two looks at a mesh that is shown."""
 
@@ -144,7 +142,7 @@ async def check_health(address: str, timeout: float) -> str:
     return str(health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status))
 
 
-async def collect(services: Sequence[Endpoint], timeout: float = TIMEOUT_S) -> list[ServiceStatus]:
+async def collect(services: Sequence[Endpoint], timeout: float = 1.0) -> list[ServiceStatus]:
     """Asks all services at once; returns after `timeout` seconds at the latest. No service's silence is an error."""
     return await asyncio.gather(*(_ask(endpoint, timeout) for endpoint in services))
 

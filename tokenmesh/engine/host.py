@@ -86,6 +86,7 @@ async def run_engine(
     mesh: MeshConfig,
     section: EngineConfig,
     model_path: str,
+    replica: int,
     handle: Callable[[ToService], None],
     **extra: Any,
 ) -> AsyncIterator[EngineHost]:
@@ -107,7 +108,7 @@ async def run_engine(
         settings = ConnectorSettings(
             hub=hub.address,
             host=transfer.host,
-            port=transfer.port,
+            port=transfer.port + replica * section.tensor_parallel_size if transfer.port else 0,
             transport=transfer.transport,
             chunk_bytes=transfer.chunk_bytes,
             window=transfer.window,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -58,7 +58,8 @@ class SharedKv:
             packing=_packing(vllm_config),
         )
         spans = [LayerSpan(t.storage_offset() * element, t.stride(0) * element) for t in tensors]
-        inbox = f"ipc://{Path(tempfile.mkdtemp(prefix='tokenmesh-mover-'))}/inbox"
+        self._folder = tempfile.mkdtemp(prefix="tokenmesh-mover-")
+        inbox = f"ipc://{self._folder}/inbox"
         args = MoverArgs(
             shard=shard,
             fd=fd,
@@ -100,6 +101,7 @@ class SharedKv:
             self._process.wait(timeout=5)
         except subprocess.TimeoutExpired:
             self._process.kill()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def _packing(vllm_config: VllmConfig) -> str:

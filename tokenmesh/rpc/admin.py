@@ -40,6 +40,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     ) -> admin_pb2.GetStatusResponse:
         """See admin.proto."""
         status = self._describe()
+        status.ready = status.ready and not self._requests.draining
         status.version = __version__
         status.uptime_seconds = time.monotonic() - self._started
         for name, count in self._requests.outcomes.items():

@@ -63,7 +63,7 @@ async def serve(mesh: MeshConfig, replica: int, stop: asyncio.Event) -> None:
     await server.start()
     try:
         model_path = await asyncio.to_thread(resolve_model, mesh.model)
-        async with run_engine(mesh, config, model_path, handoff.handle) as engine:
+        async with run_engine(mesh, config, model_path, replica, handoff.handle) as engine:
             handoff.attach(engine)
             servicer.attach(engine)
             ready = True
