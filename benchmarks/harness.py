@@ -215,7 +215,8 @@ def plot(path: Path, title: str, panels: Sequence[Panel]) -> None:
         axes.set_title(panel.title, fontsize=10)
         axes.set_xlabel("pair")
         axes.set_ylabel(panel.unit)
-        axes.set_ylim(bottom=0)
+        # From zero, so that heights compare; with room above, so that no point is cut.
+        axes.set_ylim(0, 1.1 * max(max(values) for values in panel.sides.values()))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     all_axes[0][0].legend(loc="lower right")
     figure.suptitle(title, fontsize=11)

@@ -175,6 +175,7 @@ async def bench(pairs: int, loads: tuple[Load, Load], eager: bool, out: Path, no
                     for status in await mesh.statuses()
                     if status.role is ServiceRole.DECODE_ROOT
                     for name, count in status.counters.items()
+                    if name.startswith("PREFILL_DECISION_")
                 }
 
             for load in loads:

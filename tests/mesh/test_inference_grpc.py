@@ -9,7 +9,7 @@ from typing import Any
 
 import grpc
 import httpx
-import jsonschema
+import jsonschema  # type: ignore[import-untyped]
 import pytest
 from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -117,7 +117,7 @@ def test_stream_equals_generate(stub: inference_pb2_grpc.InferenceServiceStub) -
 
 def test_two_choices(stub: inference_pb2_grpc.InferenceServiceStub) -> None:
     # (1) Both choices, streamed under their index.
-    params = {"n": 2, "temperature": 0.9, "seed": 5, "max_tokens": 6, "ignore_eos": True}
+    params: dict[str, Any] = {"n": 2, "temperature": 0.9, "seed": 5, "max_tokens": 6, "ignore_eos": True}
     texts, tokens, finished = ["", ""], [0, 0], [0, 0]
     for part in stub.StreamGenerate(request(SKY, **params), timeout=60):
         texts[part.index] += part.text

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import httpx
-import jsonschema
+import jsonschema  # type: ignore[import-untyped]
 import openai
 import pytest
 from openai.types.chat import ChatCompletion
@@ -30,7 +30,7 @@ CITY = {
     "required": ["city", "population"],
     "additionalProperties": False,
 }
-WEATHER: dict[str, Any] = {
+WEATHER: Any = {
     "type": "function",
     "function": {
         "name": "get_weather",
@@ -148,7 +148,10 @@ def test_completion_stream_equals_the_whole_answer(client: openai.OpenAI, model:
     pieces = [chunk.choices[0].text for chunk in chunks if chunk.choices]
     assert "".join(pieces) == whole.choices[0].text
     assert len(pieces) >= 4
-    assert chunks[-1].usage == whole.usage
+    assert chunks[-1].usage is not None
+    assert whole.usage is not None
+    assert chunks[-1].usage.prompt_tokens == whole.usage.prompt_tokens == 3
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens == 6
 
 
 def test_chat_logprobs(client: openai.OpenAI, model: str) -> None:
@@ -214,9 +217,7 @@ def test_echo_with_logprobs_scores_the_prompt(client: openai.OpenAI, model: str)
 def test_two_choices(client: openai.OpenAI, model: str) -> None:
     # (1) Two different answers to one seeded request.
     def ask() -> ChatCompletion:
-        return client.chat.completions.create(
-            model=model, messages=CAPITAL, max_tokens=8, temperature=0.8, seed=5, n=2
-        )
+        return client.chat.completions.create(model=model, messages=CAPITAL, max_tokens=8, temperature=0.8, seed=5, n=2)
 
     answer = ask()
     assert [choice.index for choice in answer.choices] == [0, 1]
@@ -282,7 +283,7 @@ def test_tool_call_round_trip(client: openai.OpenAI, model: str) -> None:
     asked = client.chat.completions.create(
         model=model,
         messages=messages,
-        tools=[WEATHER],  # type: ignore[list-item]
+        tools=[WEATHER],
         tool_choice={"type": "function", "function": {"name": "get_weather"}},
         max_tokens=96,
         temperature=0,
@@ -302,7 +303,7 @@ def test_tool_call_round_trip(client: openai.OpenAI, model: str) -> None:
     told = client.chat.completions.create(
         model=model,
         messages=messages,
-        tools=[WEATHER],  # type: ignore[list-item]
+        tools=[WEATHER],
         max_tokens=8,
         temperature=0,
     )
@@ -330,18 +331,17 @@ def test_penalties_stop_repetition(client: openai.OpenAI, model: str) -> None:
     def ask(**penalties: Any) -> list[int]:
         extra = {"return_token_ids": True, **penalties}
         answer = client.completions.create(
-            model=model, prompt="ha ha ha ha ha ha", max_tokens=8, temperature=0, extra_body=extra
+            model=model, prompt="red red red red red red", max_tokens=8, temperature=0, extra_body=extra
         )
         ids: list[int] = (answer.choices[0].model_extra or {})["token_ids"]
         return ids
 
     plain = ask()
-    assert len(set(plain)) < len(plain)
+    assert len(set(plain)) == 1
 
     # (2) Each penalty reaches the sampler.
-    assert len(set(ask(frequency_penalty=2.0))) > len(set(plain))
-    assert len(set(ask(presence_penalty=2.0))) > len(set(plain))
-    assert len(set(ask(repetition_penalty=1.8))) > len(set(plain))
+    for penalty in ({"frequency_penalty": 2.0}, {"presence_penalty": 2.0}, {"repetition_penalty": 1.8}):
+        assert len(set(ask(**penalty))) > len(set(plain)), penalty
 
 
 def test_long_prompt_is_disaggregated_and_then_cached(mesh: RunningMesh, client: openai.OpenAI, model: str) -> None:
@@ -452,6 +452,9 @@ def test_trace_context(http: httpx.Client) -> None:
 def test_response_bodies_are_not_held_back(http: httpx.Client) -> None:
     # Headers and body are two writes. With Nagle's algorithm on, the second waits for the client's delayed
     # acknowledgement: 40 ms on every answer.
-    http.get("/v1/models")
-    fastest = min(http.get("/v1/models").elapsed.total_seconds() for _ in range(8))
-    assert fastest < 0.03
+    # (1) A connection acknowledges at once while it is new, so it is used for a while first.
+    for _ in range(20):
+        http.get("/v1/models")
+    times = sorted(http.get("/v1/models").elapsed.total_seconds() for _ in range(9))
+    # (2) The median is what counts: a busy machine may hold up some of them.
+    assert times[4] < 0.03, times

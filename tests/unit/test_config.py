@@ -100,12 +100,10 @@ def test_every_mesh_file_of_the_repository_loads(path: Path) -> None:
     [
         ("MODEL", "/models/x", "model", "/models/x"),
         ("GATEWAY__PORT", "81", "gateway.port", 81),
-        ("GATEWAY__MODE", "decode", "gateway.mode", "decode"),
         ("DECODE_SERVICE__MAX_NUM_SEQS", "7", "decode_service.max_num_seqs", 7),
         ("DECODE_SERVICE__ENFORCE_EAGER", "true", "decode_service.enforce_eager", True),
         ("DECODE_SERVICE__PREFILLS", '["a:1", "b:2"]', "decode_service.prefills", ("a:1", "b:2")),
         ("PREFILL_SERVICE__KV_TRANSFER__TRANSPORT", "tcp", "prefill_service.kv_transfer.transport", "tcp"),
-        ("PREFILL_SERVICE__KV_TRANSFER__HOST", "10.0.0.1", "prefill_service.kv_transfer.host", "10.0.0.1"),
         ("LOG__LEVEL", "debug", "log.level", "debug"),
     ],
 )
@@ -147,10 +145,7 @@ def test_a_bad_override_is_refused_by_its_key(monkeypatch: pytest.MonkeyPatch, n
     assert "\n" not in message
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("GATEWAY", "no json"), ("GATEWAY__API_KEYS", "secret")],
-)
+@pytest.mark.parametrize(("name", "value"), [("GATEWAY", "no json"), ("GATEWAY__API_KEYS", "secret")])
 @pytest.mark.xfail(strict=True, reason="pydantic's SettingsError escapes load_config")
 def test_an_override_that_is_no_json_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     # 1. A section or list needs JSON, and gets something else.
@@ -159,9 +154,6 @@ def test_an_override_that_is_no_json_is_refused(monkeypatch: pytest.MonkeyPatch,
     message = refusal(None)
     assert "gateway" in message
     assert "\n" not in message
-
-
-# What cannot be changed.
 
 
 def test_a_configuration_is_frozen_at_every_depth() -> None:
@@ -188,13 +180,11 @@ def test_a_configuration_is_frozen_at_every_depth() -> None:
         ("gateway: []", "gateway", "valid dictionary"),
         ("gateway: {port: 65536}", "gateway.port", "less than or equal to 65535"),
         ("prefill_service: {port: -1}", "prefill_service.port", "greater than or equal to 0"),
-        ("decode_service: {kv_transfer: {port: 70000}}", "decode_service.kv_transfer.port", "65535"),
         ("gateway: {mode: both}", "gateway.mode", "'unified', 'prefill' or 'decode'"),
         ("gateway: {decode_roots: 'a:1'}", "gateway.decode_roots", "valid tuple"),
         ("decode_service: {max_num_seqs: 0}", "decode_service.max_num_seqs", "greater than or equal to 1"),
         ("prefill_service: {gpu_memory_utilization: 1.5}", "prefill_service.gpu_memory_utilization", "equal to 1"),
         ("model: ' '", "model", "must not be empty"),
-        ("model: null", "model", "valid string"),
         ("prefill_service: {kv_transfer: {role: kv_consumer}}", "prefill_service.kv_transfer.role", "kv_producer"),
         ("decode_service: {kv_transfer: {role: kv_producer}}", "decode_service.kv_transfer.role", "kv_consumer"),
         ("decode_service: {token_parallel_size: 2}", "decode_service.token_parallel_size", "is 2, but"),
@@ -284,9 +274,6 @@ def test_odd_content_is_refused_in_one_line(file: Path, content: bytes) -> None:
     message = refusal(file)
     assert str(file) in message
     assert "\n" not in message
-
-
-# What follows from the configuration.
 
 
 def test_replicas_have_consecutive_ports(file: Path) -> None:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import structlog
+import uvloop
 
 from tokenmesh.config import ConfigError, load_config
 from tokenmesh.logs import setup_logging
@@ -53,7 +54,7 @@ def serve(role: ServiceRole, config: Path | None, replica: int) -> int:
         await module.serve(mesh, replica, stop)
 
     try:
-        asyncio.run(run())
+        uvloop.run(run())
     except (PortInUseError, ModelNotFoundError, ConfigError) as error:
         print(f"tokenmesh: {role.value}: {error}", file=sys.stderr)
         return 1
