@@ -143,6 +143,10 @@ class GatewayConfig(_Section):
     """No request lives longer."""
     prefix_affinity_tokens: Annotated[int, Field(ge=0)] = 256
     """Prompts that share this many leading tokens prefer the same root, unless it is busier than the others."""
+    local_prefill_penalty: Annotated[float, Field(ge=0)] = 1.5
+    """A prompt is computed on its decode root when the best prefill service has more than this many times as much
+    prefill work queued as the root would have: 1 balances the two, more spares decoding. 0: never, however long the
+    queues."""
     tool_call_parser: str | None = "hermes"
     """vLLM tool parser; absent: no automatic tool calls."""
     reasoning_parser: str | None = None

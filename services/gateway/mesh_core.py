@@ -27,7 +27,7 @@ from vllm.v1.engine import (
 from vllm.v1.metrics.stats import PrefillStats
 from vllm.v1.outputs import LogprobsLists, LogprobsTensors
 
-from services.gateway.router import Peer, Router
+from services.gateway.router import Route, Router
 from tokenmesh.config import GatewayConfig
 from tokenmesh.context import outgoing_metadata
 from tokenmesh.engine.sampling import from_vllm
@@ -124,14 +124,14 @@ class MeshCore:
             with self._requests.admit(live):
                 while True:
                     try:
-                        with self._router.route(request.prompt_token_ids or (), request.cache_salt or "", tried) as (
-                            peer,
-                            candidates,
-                        ):
-                            tried.add(peer.address)
+                        with self._router.route(
+                            request.prompt_token_ids or (), request.cache_salt or "", tried
+                        ) as route:
+                            tried.add(route.entry.address)
                             serve = self._prefill_only if self._config.mode == "prefill" else self._decode
-                            async for output in serve(request, peer, candidates):
+                            async for output in serve(request, route):
                                 if live.state is RequestState.ACCEPTED:
+                                    route.prompt_done()
                                     live.enter(RequestState.RUNNING)
                                     output.events = [
                                         EngineCoreEvent(EngineCoreEventType.QUEUED, queued),
@@ -145,7 +145,7 @@ class MeshCore:
                         if started or failure.code not in _TRY_ELSEWHERE:
                             raise failure from error
                         refusal = failure
-                        log.warning("root refused, trying another", peer=peer.address, reason=failure.reason.value)
+                        log.warning("root refused, trying another", tried=sorted(tried), reason=failure.reason.value)
                     except MeshError as error:
                         raise refusal or error from None
         except MeshError as error:
@@ -155,22 +155,20 @@ class MeshCore:
             log.exception("sequence failed", sequence=request.request_id)
             self._fail(request.request_id, MeshError(grpc.StatusCode.INTERNAL, Reason.INTERNAL, "internal error"))
 
-    async def _decode(
-        self, request: EngineCoreRequest, peer: Peer, candidates: list[str]
-    ) -> AsyncIterator[EngineCoreOutput]:
+    async def _decode(self, request: EngineCoreRequest, route: Route) -> AsyncIterator[EngineCoreOutput]:
         params = request.sampling_params
         assert params is not None
         message = decode_pb2.GenerateRequest(
             request_id=request.request_id,
             prompt_token_ids=request.prompt_token_ids,
             sampling_params=from_vllm(params),
-            prefill_candidates=[decode_pb2.PrefillCandidate(address=address) for address in candidates],
+            prefill_candidates=[decode_pb2.PrefillCandidate(address=address) for address in route.candidates],
             cache_salt=request.cache_salt or "",
             priority=request.priority,
             arrival_time=_timestamp(request.arrival_time),
-            local_prefill_only=self._config.mode == "decode",
+            local_reason=route.local_reason,
         )
-        stub = decode_pb2_grpc.DecodeServiceStub(peer.channel)
+        stub = decode_pb2_grpc.DecodeServiceStub(route.entry.channel)
         call = stub.Generate(message, timeout=self._config.request_timeout_s, metadata=outgoing_metadata())
         try:
             async for response in call:
@@ -178,11 +176,9 @@ class MeshCore:
         finally:
             call.cancel()
 
-    async def _prefill_only(
-        self, request: EngineCoreRequest, peer: Peer, candidates: list[str]
-    ) -> AsyncIterator[EngineCoreOutput]:
+    async def _prefill_only(self, request: EngineCoreRequest, route: Route) -> AsyncIterator[EngineCoreOutput]:
         """Mode `prefill`: the prompt enters a prefill service's cache; its first token is the whole answer."""
-        stub = prefill_pb2_grpc.PrefillServiceStub(peer.channel)
+        stub = prefill_pb2_grpc.PrefillServiceStub(route.entry.channel)
         reply = await stub.Prefill(
             prefill_pb2.PrefillRequest(
                 request_id=request.request_id,

@@ -19,7 +19,7 @@ import xxhash
 from tokenmesh.config import GatewayConfig, MeshConfig
 from tokenmesh.rpc.channel import open_channel
 from tokenmesh.rpc.errors import Reason, unavailable
-from tokenmesh.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc
+from tokenmesh.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc, sampling_pb2
 
 log = structlog.get_logger()
 
@@ -39,6 +39,8 @@ class Peer:
     up: bool = False
     in_flight: int = 0
     """Requests of this gateway."""
+    pending_tokens: int = 0
+    """Prompt tokens of this gateway's requests that are being, or will be, computed there."""
     queued: int = 0
     """Requests waiting there, whoever sent them, when last polled."""
     details: object = None
@@ -48,6 +50,25 @@ class Peer:
     def load(self) -> int:
         """What routing balances: our requests there, or more if others keep it busy."""
         return max(self.in_flight, self.queued)
+
+
+@dataclass
+class Route:
+    """Where a request goes."""
+
+    entry: Peer
+    candidates: list[str]
+    """Prefill services to try, best first."""
+    local_reason: sampling_pb2.PrefillDecision | None
+    """Set if the entry service is to compute the prompt itself."""
+    computing: Peer
+    """Who is expected to compute the prompt."""
+    prompt_tokens: int
+
+    def prompt_done(self) -> None:
+        """Notes that the prompt is computed. Idempotent."""
+        self.computing.pending_tokens -= self.prompt_tokens
+        self.prompt_tokens = 0
 
 
 @dataclass
@@ -102,6 +123,7 @@ class Router:
     def __init__(self, mesh: MeshConfig) -> None:
         config = mesh.gateway
         self._config: GatewayConfig = config
+        self._remote_min_tokens = mesh.decode_service.remote_prefill_min_tokens
         roots = mesh.decode_addresses() if config.decode_roots is None else config.decode_roots
         prefills = mesh.prefill_addresses() if config.prefills is None else config.prefills
         self.roots = Pool("decode-root", _poll_root, [Peer(a, open_channel(a)) for a in roots])
@@ -134,8 +156,8 @@ class Router:
         return xxhash.xxh3_64_intdigest(repr((cache_salt, list(token_ids[:length]))).encode())
 
     @contextmanager
-    def route(self, token_ids: Sequence[int], cache_salt: str, avoid: set[str]) -> Iterator[tuple[Peer, list[str]]]:
-        """Picks an entry service and the prefill candidates, and counts the request there until the block ends.
+    def route(self, token_ids: Sequence[int], cache_salt: str, avoid: set[str]) -> Iterator[Route]:
+        """Picks services for a request, and counts it there until the block ends.
 
         Raises MeshError UNAVAILABLE (NO_DECODE_ROOT) if nothing usable is left but `avoid`.
         """
@@ -143,21 +165,38 @@ class Router:
         choices = [peer for peer in self.entry.ranked(prefix) if peer.address not in avoid]
         if not choices:
             raise unavailable(Reason.NO_DECODE_ROOT, f"no {self.entry.kind} is available")
-        peer = choices[0]
-        self.entry.remember(prefix, peer.address)
-        candidates: list[Peer] = []
-        if self._config.mode == "unified":
-            candidates = self.prefills.ranked(prefix)
-            if candidates:
-                self.prefills.remember(prefix, candidates[0].address)
-                candidates[0].in_flight += 1
-        peer.in_flight += 1
+        entry = choices[0]
+        self.entry.remember(prefix, entry.address)
+        candidates, reason = self._prefill_plan(len(token_ids), entry, prefix)
+        if candidates:
+            self.prefills.remember(prefix, candidates[0].address)
+        computing = candidates[0] if candidates else entry
+        route = Route(entry, [c.address for c in candidates], reason, computing, len(token_ids))
+        users = {id(peer): peer for peer in (entry, computing)}.values()
+        for peer in users:
+            peer.in_flight += 1
+        computing.pending_tokens += route.prompt_tokens
         try:
-            yield peer, [candidate.address for candidate in candidates]
+            yield route
         finally:
-            peer.in_flight -= 1
-            if candidates:
-                candidates[0].in_flight -= 1
+            route.prompt_done()
+            for peer in users:
+                peer.in_flight -= 1
+
+    def _prefill_plan(
+        self, tokens: int, root: Peer, prefix: int | None
+    ) -> tuple[list[Peer], sampling_pb2.PrefillDecision | None]:
+        """Prefill services to try, best first; or none, with the reason where it is the gateway that decided."""
+        if self._config.mode == "prefill" or tokens < self._remote_min_tokens:
+            return [], None
+        if self._config.mode == "decode":
+            return [], sampling_pb2.PREFILL_DECISION_DECODE_ONLY
+        candidates = self.prefills.ranked(prefix)
+        if candidates and self._config.local_prefill_penalty:
+            idlest = min(candidates, key=lambda peer: peer.pending_tokens)
+            if idlest.pending_tokens + tokens > self._config.local_prefill_penalty * (root.pending_tokens + tokens):
+                return [], sampling_pb2.PREFILL_DECISION_PREFILL_BUSY
+        return candidates, None
 
 
 async def _poll_root(peer: Peer) -> int:

@@ -88,7 +88,7 @@ async def generate(
         prompt_token_ids=ids,
         sampling_params=sampling_pb2.SamplingParams(temperature=0, max_tokens=6, ignore_eos=True),
         prefill_candidates=[decode_pb2.PrefillCandidate(address=a) for a in candidates],
-        local_prefill_only=local,
+        local_reason=sampling_pb2.PREFILL_DECISION_DECODE_ONLY if local else None,
         cache_salt=str(random.random()),
     )
     tokens: list[int] = []
@@ -105,7 +105,7 @@ async def generate(
 async def test_the_next_candidate_takes_over(mesh: RunningMesh, behaviour: Behaviour) -> None:
     ids = prompt(300, seed=1)
     truth, decision = await generate(mesh, ids, [], local=True)
-    assert decision == sampling_pb2.PREFILL_DECISION_NO_PREFILL
+    assert decision == sampling_pb2.PREFILL_DECISION_DECODE_ONLY
     async with fake_prefill(behaviour) as (fake, address):
         # (1) The bad one is asked first, the good one saves the day.
         tokens, decision = await generate(mesh, ids, [address, mesh.prefill_address])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from contextlib import ExitStack
 from typing import Any
 
 import grpc
@@ -15,7 +16,7 @@ from tests.unit.fake_service import free_ports
 from tokenmesh.config import MeshConfig
 from tokenmesh.rpc.errors import MeshError, Reason
 from tokenmesh.rpc.server import RpcServer
-from tokenmesh.v1 import decode_pb2, decode_pb2_grpc
+from tokenmesh.v1 import decode_pb2, decode_pb2_grpc, sampling_pb2
 
 A, B, C = "root-a:1", "root-b:1", "root-c:1"
 P, Q = "prefill-p:1", "prefill-q:1"
@@ -33,7 +34,8 @@ async def make() -> AsyncIterator[MakeRouter]:
 
     def router(roots: tuple[str, ...] = (A, B, C), prefills: tuple[str, ...] = (P, Q), **gateway: Any) -> Router:
         gateway = {"prefix_affinity_tokens": AFFINITY_TOKENS, **gateway}
-        made.append(Router(MeshConfig(gateway={"decode_roots": roots, "prefills": prefills, **gateway})))
+        gateway = {"decode_roots": roots, "prefills": prefills, **gateway}
+        made.append(Router(MeshConfig(gateway=gateway, decode_service={"remote_prefill_min_tokens": 1})))
         for pool in (made[-1].roots, made[-1].prefills):
             for peer in pool.peers:
                 peer.up = True
@@ -56,8 +58,8 @@ def ranking(pool: Pool, prefix: int | None = None) -> list[str]:
 
 def pick(router: Router, tokens: list[int], salt: str = "", avoid: set[str] | None = None) -> str:
     """Where a request that ends at once would have gone."""
-    with router.route(tokens, salt, avoid or set()) as (peer, _):
-        return peer.address
+    with router.route(tokens, salt, avoid or set()) as route:
+        return route.entry.address
 
 
 def in_flight(router: Router) -> dict[str, int]:
@@ -181,12 +183,12 @@ async def test_without_a_usable_root_a_request_is_refused(make: MakeRouter, why:
 async def test_requests_count_while_they_run(make: MakeRouter) -> None:
     router = make(roots=(A, B), prefills=(P, Q))
     # 1. Two requests at a time spread over roots, and over prefill services.
-    with router.route(SHORT, "", set()) as (first, candidates):
+    with router.route(SHORT, "", set()) as first:
         assert in_flight(router) == {A: 1, P: 1}
-        assert candidates == [P, Q]
-        with router.route(SHORT, "", set()) as (second, candidates):
+        assert first.candidates == [P, Q]
+        with router.route(SHORT, "", set()) as second:
             assert in_flight(router) == {A: 1, P: 1, B: 1, Q: 1}
-            assert (first.address, second.address, candidates) == (A, B, [Q, P])
+            assert (first.entry.address, second.entry.address, second.candidates) == (A, B, [Q, P])
         # 2. Each is uncounted as it ends.
         assert in_flight(router) == {A: 1, P: 1}
     assert not in_flight(router)
@@ -212,9 +214,9 @@ async def test_requests_that_fail_are_uncounted_as_well(make: MakeRouter, ending
 async def test_only_unified_mode_has_prefill_candidates(make: MakeRouter, mode: str) -> None:
     router = make(mode=mode)
     # 1. In the other modes nobody is asked to prefill for another, and no prefill service is charged for it.
-    with router.route(PROMPT, "", set()) as (peer, candidates):
-        assert candidates == []
-        assert in_flight(router) == {peer.address: 1}
+    with router.route(PROMPT, "", set()) as route:
+        assert route.candidates == []
+        assert in_flight(router) == {route.entry.address: 1}
 
 
 async def test_mode_prefill_enters_through_prefill_services(make: MakeRouter) -> None:
@@ -232,8 +234,41 @@ async def test_without_prefill_services_the_root_gets_no_candidates(make: MakeRo
     # 1. No prefill service answers; requests are served all the same.
     for peer in router.prefills.peers:
         peer.up = False
-    with router.route(PROMPT, "", set()) as (peer, candidates):
-        assert (peer.address, candidates) == (A, [])
+    with router.route(PROMPT, "", set()) as route:
+        assert (route.entry.address, route.candidates, route.local_reason) == (A, [], None)
+
+
+async def test_a_long_prefill_queue_sends_prompts_to_the_root(make: MakeRouter) -> None:
+    router = make(roots=(A,), prefills=(P,), local_prefill_penalty=1.5)
+    prompt = list(range(100))
+    with ExitStack() as stack:
+        # 1. The first prompt is prefilled remotely; then 200 queued there are more than 1.5 times 100 here.
+        reasons = [stack.enter_context(router.route(prompt, "", set())).local_reason for _ in range(6)]
+        busy = sampling_pb2.PREFILL_DECISION_PREFILL_BUSY
+        assert reasons == [None, busy, None, None, busy, None]
+        # 2. Tokens are counted where they are computed.
+        assert router.prefills.peers[0].pending_tokens == 400
+        assert router.roots.peers[0].pending_tokens == 200
+    # 3. And no longer.
+    assert router.prefills.peers[0].pending_tokens == router.roots.peers[0].pending_tokens == 0
+
+
+async def test_a_computed_prompt_no_longer_counts_as_queued(make: MakeRouter) -> None:
+    router = make(roots=(A,), prefills=(P,))
+    with router.route(PROMPT, "", set()) as route:
+        assert router.prefills.peers[0].pending_tokens == len(PROMPT)
+        # 1. The first token has come, perhaps twice.
+        route.prompt_done()
+        route.prompt_done()
+        assert router.prefills.peers[0].pending_tokens == 0
+    assert router.prefills.peers[0].pending_tokens == 0
+
+
+async def test_without_a_penalty_prompts_wait_for_prefill_services(make: MakeRouter) -> None:
+    router = make(roots=(A,), prefills=(P,), local_prefill_penalty=0)
+    with ExitStack() as stack:
+        routes = [stack.enter_context(router.route(PROMPT, "", set())) for _ in range(20)]
+    assert all(route.candidates == [P] for route in routes)
 
 
 # Polls.

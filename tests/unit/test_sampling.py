@@ -96,7 +96,8 @@ def doubles(low: float, high: float, **bounds: Any) -> st.SearchStrategy[float]:
     return st.floats(low, high, allow_nan=False, **bounds)
 
 
-TOKENS = st.lists(st.integers(0, 2**32 - 1), max_size=5)
+TOKEN = st.integers(0, 2**32 - 1)
+TOKENS = st.lists(TOKEN, max_size=5)
 WORDS = st.lists(st.text(min_size=1, max_size=8), max_size=3)
 COUNTS = st.none() | st.integers(-1, 2**31 - 1)
 PARAMS = st.builds(
@@ -115,8 +116,7 @@ PARAMS = st.builds(
     ignore_eos=st.booleans(),
     logprobs=COUNTS,
     prompt_logprobs=COUNTS,
-    logit_bias=st.none()
-    | st.dictionaries(st.integers(0, 2**32 - 1), st.floats(allow_nan=False), min_size=1, max_size=4),
+    logit_bias=st.none() | st.dictionaries(TOKEN, st.floats(allow_nan=False), min_size=1, max_size=4),
     allowed_token_ids=st.none() | TOKENS.filter(bool),
     bad_words=st.none() | WORDS,
 )
@@ -135,11 +135,9 @@ def test_absent_fields_take_vllms_defaults_except_max_tokens() -> None:
     assert to_vllm(message_of()) == SamplingParams(max_tokens=None)
 
 
-@pytest.mark.parametrize(
-    "field", ["temperature", "top_k", "min_p", "presence_penalty", "min_tokens", "seed", "logprobs"]
-)
+@pytest.mark.parametrize("field", ["temperature", "top_k", "min_p", "presence_penalty", "seed", "logprobs"])
 def test_a_zero_that_was_set_is_not_absent(field: str) -> None:
-    # 1. Zero means something other than the default, or at least that it was asked for.
+    # 1. Zero may mean something other than the default.
     assert getattr(to_vllm(message_of(**{field: 0})), field) == 0
 
 
@@ -203,14 +201,12 @@ def bad(param: str, *marks: pytest.MarkDecorator, **fields: Any) -> Any:
         bad("temperature", _UNCAUGHT, temperature=-1),
         bad("temperature", _UNCAUGHT, temperature=float("nan")),
         bad("top_p", _UNCAUGHT, top_p=0),
-        bad("top_p", _UNCAUGHT, top_p=float("inf")),
         bad("max_tokens", _UNCAUGHT, max_tokens=0),
         bad("logprobs", _UNCAUGHT, logprobs=-2),
         # vLLM does not say which.
         bad("sampling_params", _UNCAUGHT, top_k=-2),
         bad("sampling_params", _UNCAUGHT, presence_penalty=3),
         bad("sampling_params", _UNCAUGHT, repetition_penalty=0),
-        bad("sampling_params", _UNCAUGHT, max_tokens=1, min_tokens=2),
         bad("sampling_params", _UNCAUGHT, stop=[""]),
         bad("sampling_params", structured_outputs=sampling_pb2.StructuredOutputs()),
     ],
@@ -293,9 +289,7 @@ def test_a_prompt_of_one_token_has_no_rows() -> None:
     assert _prompt_logprobs(logprobs_to_proto(flat(None))).logprobs.shape[0] == 0
 
 
-@pytest.mark.xfail(
-    strict=True, reason="_logprobs takes width[0] of nothing; a root sends this with an aborted sequence"
-)
+@pytest.mark.xfail(strict=True, reason="_logprobs takes width[0] of nothing: IndexError")
 def test_a_last_message_without_tokens_has_no_rows() -> None:
     # 1. vLLM's answer to an abort has no new tokens, and an empty list of log-probabilities.
     assert _logprobs(logprobs_to_proto(flat())).logprobs.shape[0] == 0

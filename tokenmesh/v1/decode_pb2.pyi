@@ -12,7 +12,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "prompt_token_ids", "sampling_params", "prefill_candidates", "cache_salt", "priority", "arrival_time", "local_prefill_only")
+    __slots__ = ("request_id", "prompt_token_ids", "sampling_params", "prefill_candidates", "cache_salt", "priority", "arrival_time", "local_reason")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_PARAMS_FIELD_NUMBER: _ClassVar[int]
@@ -20,7 +20,7 @@ class GenerateRequest(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     ARRIVAL_TIME_FIELD_NUMBER: _ClassVar[int]
-    LOCAL_PREFILL_ONLY_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_REASON_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
     sampling_params: _sampling_pb2.SamplingParams
@@ -28,8 +28,8 @@ class GenerateRequest(_message.Message):
     cache_salt: str
     priority: int
     arrival_time: _timestamp_pb2.Timestamp
-    local_prefill_only: bool
-    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling_params: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., prefill_candidates: _Optional[_Iterable[_Union[PrefillCandidate, _Mapping]]] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ..., arrival_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., local_prefill_only: _Optional[bool] = ...) -> None: ...
+    local_reason: _sampling_pb2.PrefillDecision
+    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling_params: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., prefill_candidates: _Optional[_Iterable[_Union[PrefillCandidate, _Mapping]]] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ..., arrival_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., local_reason: _Optional[_Union[_sampling_pb2.PrefillDecision, str]] = ...) -> None: ...
 
 class PrefillCandidate(_message.Message):
     __slots__ = ("address",)

@@ -25,7 +25,8 @@ class PrefillDecision(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     PREFILL_DECISION_NO_PREFILL: _ClassVar[PrefillDecision]
     PREFILL_DECISION_PREFILL_FAILED: _ClassVar[PrefillDecision]
     PREFILL_DECISION_PROMPT_LOGPROBS: _ClassVar[PrefillDecision]
-    PREFILL_DECISION_PREEMPTED: _ClassVar[PrefillDecision]
+    PREFILL_DECISION_DECODE_ONLY: _ClassVar[PrefillDecision]
+    PREFILL_DECISION_PREFILL_BUSY: _ClassVar[PrefillDecision]
 FINISH_REASON_UNSPECIFIED: FinishReason
 FINISH_REASON_STOP: FinishReason
 FINISH_REASON_LENGTH: FinishReason
@@ -39,7 +40,8 @@ PREFILL_DECISION_PREFIX_CACHED: PrefillDecision
 PREFILL_DECISION_NO_PREFILL: PrefillDecision
 PREFILL_DECISION_PREFILL_FAILED: PrefillDecision
 PREFILL_DECISION_PROMPT_LOGPROBS: PrefillDecision
-PREFILL_DECISION_PREEMPTED: PrefillDecision
+PREFILL_DECISION_DECODE_ONLY: PrefillDecision
+PREFILL_DECISION_PREFILL_BUSY: PrefillDecision
 
 class SamplingParams(_message.Message):
     __slots__ = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "seed", "max_tokens", "min_tokens", "stop_token_ids", "stop", "include_stop_str_in_output", "ignore_eos", "logprobs", "prompt_logprobs", "logit_bias", "allowed_token_ids", "bad_words", "skip_special_tokens", "spaces_between_special_tokens", "structured_outputs")

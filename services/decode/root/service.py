@@ -36,6 +36,9 @@ _FINISH = {
 }
 
 
+_LOCAL_REASONS = (sampling_pb2.PREFILL_DECISION_DECODE_ONLY, sampling_pb2.PREFILL_DECISION_PREFILL_BUSY)
+
+
 class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
     """See decode.proto."""
 
@@ -99,6 +102,8 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
     def _params(self, request: decode_pb2.GenerateRequest) -> SamplingParams:
         if not request.request_id:
             raise invalid(Reason.BAD_REQUEST, "request_id is empty", param="request_id")
+        if request.HasField("local_reason") and request.local_reason not in _LOCAL_REASONS:
+            raise invalid(Reason.BAD_REQUEST, "local_reason does not name a reason", param="local_reason")
         if request.sampling_params.stop:
             raise invalid(
                 Reason.BAD_SAMPLING_PARAMS, "stop strings are matched in the gateway", param="sampling_params.stop"
@@ -112,7 +117,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             candidates = tuple(address for address in self._prefills if address in self._handoff.connected)
         too_short = len(request.prompt_token_ids) < self._config.remote_prefill_min_tokens
         wants_logprobs = request.sampling_params.HasField("prompt_logprobs")
-        if request.local_prefill_only or not candidates or too_short or wants_logprobs:
+        if request.HasField("local_reason") or not candidates or too_short or wants_logprobs:
             return None
         return Prompt(
             request_id=request.request_id,
@@ -138,6 +143,8 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             decision = sampling_pb2.PREFILL_DECISION_PREFILL_FAILED
         elif prompt is not None:
             decision = sampling_pb2.PREFILL_DECISION_PREFIX_CACHED
+        elif request.HasField("local_reason"):
+            decision = request.local_reason
         elif request.sampling_params.HasField("prompt_logprobs"):
             decision = sampling_pb2.PREFILL_DECISION_PROMPT_LOGPROBS
         elif len(request.prompt_token_ids) < self._config.remote_prefill_min_tokens:
