@@ -275,7 +275,7 @@ async def test_figures_come_from_pairs() -> None:
             return decisions
 
         some = mesh.small(mesh.DECODE)
-        pairs = await mesh.compare(some, "m", plain.url, slow.url, decider(next(iter(some.decisions))), pairs=2, settle_s=0)
+        pairs = await mesh.compare(some, "m", plain.url, slow.url, decider(*some.decisions), pairs=2, settle_s=0)
         figures = mesh.figures(pairs, pairs)
         assert set(figures) == set(FIGURES["mesh"])
         assert figures["tok_s_ratio"] == pytest.approx(0.5, abs=0.15)
