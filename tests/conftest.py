@@ -30,7 +30,7 @@ def free_port() -> int:
 
 def mesh_config(dtype: str = "float32", **sections: object) -> MeshConfig:
     """A mesh for two cores: decode on the first, prefill on the second, eager, small caches, free ports."""
-    engine = {"kv_cache_memory_bytes": KV_BYTES, "enforce_eager": True, "max_num_batched_tokens": 512}
+    engine = {"kv_cache_memory_bytes": KV_BYTES, "enforce_eager": True, "max_num_batched_tokens": 256}
     return MeshConfig(
         dtype=dtype,
         max_model_len=4096,

@@ -60,6 +60,7 @@ class EngineConfig(_Section):
     max_model_len: Annotated[int, Field(ge=1)] | None = None
     max_num_seqs: Annotated[int, Field(ge=1)] = 64
     max_num_batched_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Tokens of one step. Absent: 256 on CPUs, vLLM's own choice on GPUs."""
     block_size: Annotated[int, Field(ge=1)] | None = None
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
     kv_cache_memory_bytes: Annotated[int, Field(ge=1)] | None = None

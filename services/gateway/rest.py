@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import hmac
 from argparse import Namespace
+from http import HTTPStatus
 from typing import Any
 
+import structlog
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
@@ -17,6 +21,8 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from services.gateway.engine_client import MeshEngineClient
 from tokenmesh.config import ConfigError, GatewayConfig, MeshConfig
 from tokenmesh.context import REQUEST_ID, TRACEPARENT, WorkContext, bind
+
+log = structlog.get_logger()
 
 _OPEN_PATHS = ("/health", "/ping", "/metrics", "/version")
 
@@ -50,6 +56,8 @@ async def build(mesh: MeshConfig, model_path: str, client: MeshEngineClient) -> 
     """The application, ready to be served."""
     args = server_args(mesh, model_path)
     app = build_app(args, ("generate",), client.model_config)
+    # vLLM's handler takes FastAPI's subclass alone; unknown paths, methods and unreadable bodies raise the base class.
+    app.add_exception_handler(HTTPException, _http_error)
     await init_app_state(client, app.state, args, ("generate",))
     return Guard(app, mesh.gateway)
 
@@ -85,10 +93,18 @@ class Guard:
                 await refusal(scope, receive, reply)
                 return
             body = _LimitedBody(receive, self._limit)
+
+            async def checked_reply(message: Message) -> None:
+                # An application makes an answer of its own out of whatever stops its reading.
+                if not body.exceeded:
+                    await reply(message)
+
             try:
-                await self._app(scope, body, reply)
+                await self._app(scope, body, checked_reply)
             except _BodyTooLargeError:
-                await _error(413, "BadRequestError", f"the body exceeds {self._limit} bytes")(scope, receive, reply)
+                log.debug("body too large", limit=self._limit)
+            if body.exceeded:
+                await self._too_large()(scope, receive, reply)
 
     def _refusal(self, scope: Scope, headers: Headers) -> JSONResponse | None:
         if self._keys and scope["method"] != "OPTIONS" and scope["path"] not in _OPEN_PATHS:
@@ -99,8 +115,11 @@ class Guard:
                 return _error(401, "AuthenticationError", "the API key is missing or wrong")
         length = headers.get("content-length", "0")
         if length.isdigit() and int(length) > self._limit:
-            return _error(413, "BadRequestError", f"the body exceeds {self._limit} bytes")
+            return self._too_large()
         return None
+
+    def _too_large(self) -> JSONResponse:
+        return _error(413, "BadRequestError", f"the body exceeds {self._limit} bytes")
 
 
 class _BodyTooLargeError(Exception):
@@ -114,12 +133,25 @@ class _LimitedBody:
         self._receive = receive
         self._left = limit
 
+    @property
+    def exceeded(self) -> bool:
+        """More than the limit has come."""
+        return self._left < 0
+
     async def __call__(self) -> Message:
         message = await self._receive()
         self._left -= len(message.get("body", b""))
-        if self._left < 0:
+        if self.exceeded:
             raise _BodyTooLargeError
         return message
+
+
+async def _http_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    kind = HTTPStatus(error.status_code).phrase
+    response = _error(error.status_code, kind, str(error.detail))
+    response.headers.update(error.headers or {})
+    return response
 
 
 def _error(status: int, kind: str, message: str) -> JSONResponse:

@@ -61,7 +61,7 @@ import msgspec, pathlib
 if __name__ == "__main__":
     from vllm import LLM, SamplingParams, TokensPrompt
     llm = LLM({resolve_model("smollm2-135m-instruct")!r}, dtype={dtype!r}, max_model_len=4096, enforce_eager=True,
-              kv_cache_memory_bytes={KV_BYTES}, max_num_batched_tokens=512, enable_prefix_caching=True)
+              kv_cache_memory_bytes={KV_BYTES}, max_num_batched_tokens=256, enable_prefix_caching=True)
     params = SamplingParams(temperature=0, max_tokens={NEW_TOKENS}, ignore_eos=True, detokenize=False)
     prompts = msgspec.json.decode(pathlib.Path({str(source)!r}).read_bytes())
     outputs = llm.generate([TokensPrompt(prompt_token_ids=p) for p in prompts], params, use_tqdm=False)

@@ -23,6 +23,9 @@ log = structlog.get_logger()
 
 GIB = 1 << 30
 
+CPU_STEP_TOKENS = 256
+"""Tokens of a step on CPUs. An abort takes effect between steps, and there 512 tokens can take a second."""
+
 
 def engine_args(mesh: MeshConfig, section: EngineConfig, model_path: str, **extra: Any) -> AsyncEngineArgs:
     """vLLM's arguments for an engine of this mesh. `extra` wins over everything."""
@@ -48,6 +51,7 @@ def engine_args(mesh: MeshConfig, section: EngineConfig, model_path: str, **extr
     if current_platform.is_cpu():
         values["kv_cache_memory_bytes"] = section.kv_cache_memory_bytes or GIB
         values.pop("gpu_memory_utilization")
+        values["max_num_batched_tokens"] = section.max_num_batched_tokens or max(CPU_STEP_TOKENS, section.max_num_seqs)
     values.update(section.engine_args)
     values.update(extra)
     return AsyncEngineArgs(**{k: v for k, v in values.items() if v is not None})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from vllm.exceptions import VLLMClientError
 from vllm.logprobs import FlatLogprobs
 from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
@@ -48,7 +49,7 @@ def to_vllm(message: sampling_pb2.SamplingParams, **extra: Any) -> SamplingParam
         if message.HasField("structured_outputs"):
             values["structured_outputs"] = _structured_to_vllm(message.structured_outputs)
         return SamplingParams(**values)
-    except (ValueError, TypeError) as error:
+    except (VLLMClientError, ValueError, TypeError) as error:
         param = getattr(error, "parameter", None) or "sampling_params"
         raise invalid(Reason.BAD_SAMPLING_PARAMS, str(error), param=str(param)) from error
 

@@ -10,7 +10,8 @@ import asyncio
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import grpc
@@ -94,13 +95,17 @@ class HandOff:
         assert self._engine is not None
         return self._engine
 
-    def register(self, prompt: Prompt) -> None:
-        """Makes a prompt known before the engine can ask for it."""
-        self._prompts[prompt.request_id] = prompt
-
-    def forget(self, request_id: str) -> None:
-        """Drops a prompt whose request has ended."""
-        self._prompts.pop(request_id, None)
+    @contextmanager
+    def registered(self, request_id: str, prompt: Prompt | None) -> Iterator[None]:
+        """Keeps a prompt known for the length of the block, in which the engine may ask for it; None: nothing."""
+        if prompt is None:
+            yield
+            return
+        self._prompts[request_id] = prompt
+        try:
+            yield
+        finally:
+            del self._prompts[request_id]
 
     def handle(self, message: ToService) -> None:
         """Takes what the scheduler wants and what movers report."""

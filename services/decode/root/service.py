@@ -74,12 +74,11 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         prompt = self._prompt(request, live)
         if prompt is not None:
             params.extra_args = {"kv_transfer_params": {FetchFrom.KEY: request.request_id}}
-            self._handoff.register(prompt)
         tokens = TokensPrompt(prompt_token_ids=list(request.prompt_token_ids))
         if request.cache_salt:
             tokens["cache_salt"] = request.cache_salt
         try:
-            with self.requests.admit(live):
+            with self.requests.admit(live), self._handoff.registered(request.request_id, prompt):
                 first = True
                 async for output in engine.llm.generate(tokens, params, request.request_id, priority=request.priority):
                     response = _response(output)
@@ -95,9 +94,6 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             raise invalid(Reason.BAD_SAMPLING_PARAMS, str(error), param=str(param)) from error
         except EngineDeadError as error:
             raise unavailable(Reason.ENGINE_DEAD, "the decode engine has died") from error
-        finally:
-            if prompt is not None:
-                self._handoff.forget(request.request_id)
 
     def _params(self, request: decode_pb2.GenerateRequest) -> SamplingParams:
         if not request.request_id:
