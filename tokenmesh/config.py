@@ -99,12 +99,55 @@ class PrefillConfig(EngineConfig):
         return self
 
 
+class GroupConfig(_Section):
+    """How a decode root and its ranks work together."""
+
+    workers: tuple[str, ...] | None = None
+    """host:port of the root's decode workers, rank 1 first. Absent: those of ``decode_worker``."""
+    exchange: Literal["ucx", "local"] = "ucx"
+    """How rows travel. ``local``: the ranks live inside the root's own process, for tests and measurements."""
+    transport: Literal["auto", "shm", "tcp", "system"] = "auto"
+    """UCX transport of the rows; as in kv_transfer."""
+    timeout_s: Annotated[float, Field(gt=0)] = 5.0
+    """A rank that is silent for longer within a step is given up and its sequences are computed again elsewhere."""
+    placement: Literal["balance", "hash"] = "balance"
+    """``balance``: the longest cached prefix, then the least context tokens. ``hash``: by the request's id."""
+    kv_route: Literal["direct", "via_root"] = "direct"
+    """``direct``: prefill services write into the owning rank. ``via_root``: the root passes the KV on, for networks
+    in which they cannot reach it."""
+    kv_blocks: Annotated[int, Field(ge=1)] | None = None
+    """KV blocks of the whole group, split over the ranks; what does not divide goes to the first. Absent: each rank
+    holds what its own ``kv_cache_memory_bytes`` gives."""
+    root_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """With ``kv_blocks``: the root's part relative to a worker's; less than 1 where weights crowd its memory."""
+
+
+class DecodeWorkerConfig(_Section):
+    """A decode worker: KV and attention, no weights. Everything about the model comes from its root."""
+
+    host: str = "127.0.0.1"
+    """Address the gRPC server listens on and is reached at."""
+    port: Port = 9300
+    """gRPC port of replica 0; replica i listens on port + i. The workers of one root follow each other."""
+    kv_cache_memory_bytes: Annotated[int, Field(ge=1)] = 1 << 30
+    """Size of each shard's partition."""
+    cpu_omp_threads_bind: str | None = None
+    """Cores on a CPU host, e.g. ``16-31``; shards are separated by ``|``. Absent: all."""
+    poll_s: Annotated[float, Field(ge=0)] = 0.002
+    """How long a shard polls for the next layer before it sleeps. Right where it has cores of its own; 0 where it
+    shares them, since there polling takes from the others what it needs itself a moment later."""
+    exchange_port: Port = 0
+    """Port of the row listener of replica 0's shard 0; further shards and replicas follow. 0 picks free ones."""
+    kv_transfer: KvTransferConfig = KvTransferConfig()
+
+
 class DecodeConfig(EngineConfig):
     """A decode root and its group."""
 
     port: Port = 9200
-    token_parallel_size: Annotated[int, Field(ge=1)] = 1
-    """Ranks that hold KV and attend, the root included."""
+    token_parallel_size: Annotated[int, Field(ge=1, le=64)] = 2
+    """Ranks that hold KV and attend, the root included. 1: the root alone, on vLLM's stock path."""
+    group: GroupConfig = GroupConfig()
     remote_prefill_min_tokens: Annotated[int, Field(ge=1)] = 128
     """Prompts with fewer uncached tokens are computed on the root."""
     prefills: tuple[str, ...] | None = None
@@ -114,10 +157,6 @@ class DecodeConfig(EngineConfig):
     def _consumer(self) -> DecodeConfig:
         if self.kv_transfer.role == "kv_producer":
             raise ValueError("decode_service.kv_transfer.role must be kv_consumer")
-        if self.token_parallel_size != 1:
-            raise ValueError(
-                f"decode_service.token_parallel_size is {self.token_parallel_size}, but this version runs 1 rank"
-            )
         return self
 
 
@@ -184,6 +223,7 @@ class MeshConfig(BaseSettings):
     gateway: GatewayConfig = GatewayConfig()
     prefill_service: PrefillConfig = PrefillConfig()
     decode_service: DecodeConfig = DecodeConfig()
+    decode_worker: DecodeWorkerConfig = DecodeWorkerConfig()
     log: LogConfig = LogConfig()
 
     @classmethod
@@ -225,6 +265,22 @@ class MeshConfig(BaseSettings):
     def decode_addresses(self) -> tuple[str, ...]:
         """host:port of every decode root of this file."""
         return _addresses(self.decode_service)
+
+    @property
+    def workers_per_root(self) -> int:
+        """Decode workers that each root of this file expects ``tokenmesh up`` to start."""
+        group = self.decode_service.group
+        if group.exchange == "local" or group.workers is not None:
+            return 0
+        return self.decode_service.token_parallel_size - 1
+
+    def worker_addresses(self, root: int) -> tuple[str, ...]:
+        """host:port of the decode workers of a root, rank 1 first."""
+        group, count = self.decode_service.group, self.workers_per_root
+        if group.workers is not None:
+            return group.workers
+        worker = self.decode_worker
+        return tuple(f"{worker.host}:{worker.port + root * count + i}" for i in range(count))
 
 
 def _addresses(section: EngineConfig) -> tuple[str, ...]:

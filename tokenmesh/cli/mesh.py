@@ -145,7 +145,7 @@ class Mesh:
             await asyncio.sleep(POLL_S)
 
     async def stop(self) -> None:
-        """Ends the gateway, then decode roots, then prefill services: work ends before those that it needs.
+        """Ends the gateway, then decode roots, then prefill services and workers: work ends before what it needs.
 
         Idempotent. Cancelling it makes it kill at once; it still returns only when all is done, and then raises
         CancelledError.
@@ -167,7 +167,11 @@ class Mesh:
             raise cancelled
 
     async def _stop(self) -> None:
-        order = [{ServiceRole.GATEWAY}, {ServiceRole.DECODE_ROOT}, {ServiceRole.PREFILL}]
+        order = [
+            {ServiceRole.GATEWAY},
+            {ServiceRole.DECODE_ROOT},
+            {ServiceRole.PREFILL, ServiceRole.DECODE_WORKER},
+        ]
         leftovers: list[str] = []
         # A mesh that never served has no work to finish.
         for roles in order if self.serving else [set(ServiceRole)]:
@@ -205,6 +209,7 @@ def check_ports(config: MeshConfig) -> None:
                 first = section.kv_transfer.port + i * section.tensor_parallel_size
                 shards = range(section.tensor_parallel_size)
                 ports += [(f"{role}-{i} KV", "0.0.0.0", first + shard) for shard in shards]
+    ports += _worker_ports(config)
     taken: dict[int, str] = {}
     with contextlib.ExitStack() as held:
         for name, host, port in ports:
@@ -220,6 +225,18 @@ def check_ports(config: MeshConfig) -> None:
                 why = f"{taken[port]} has it too" if port in taken else getattr(error, "strerror", None) or str(error)
                 raise MeshStartError(f"cannot listen on {host}:{port} for {name}: {why}") from error
             taken[port] = name
+
+
+def _worker_ports(config: MeshConfig) -> list[tuple[str, str, int]]:
+    worker, shards = config.decode_worker, config.decode_service.tensor_parallel_size
+    ports = []
+    for i in range(config.workers_per_root * config.decode_service.replicas):
+        ports.append((f"decode-worker-{i}", worker.host, worker.port + i))
+        for first, name in ((worker.kv_transfer.port, "KV"), (worker.exchange_port, "rows")):
+            # UCX listens on every address.
+            numbers = range(i * shards, (i + 1) * shards) if first else ()
+            ports += [(f"decode-worker-{i} {name}", "0.0.0.0", first + number) for number in numbers]
+    return ports
 
 
 def report(error: MeshStartError) -> None:

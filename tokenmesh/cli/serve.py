@@ -26,12 +26,14 @@ class ServiceRole(enum.StrEnum):
     GATEWAY = "gateway"
     PREFILL = "prefill"
     DECODE_ROOT = "decode-root"
+    DECODE_WORKER = "decode-worker"
 
 
 _MODULES = {
     ServiceRole.GATEWAY: "services.gateway.main",
     ServiceRole.PREFILL: "services.prefill.main",
     ServiceRole.DECODE_ROOT: "services.decode.root.main",
+    ServiceRole.DECODE_WORKER: "services.decode.worker.main",
 }
 
 

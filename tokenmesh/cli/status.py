@@ -121,6 +121,8 @@ def local_endpoints(config: MeshConfig) -> list[Endpoint]:
         (ServiceRole.DECODE_ROOT, config.decode_service),
     ):
         found += [Endpoint(role, i, dial(section.host, section.port + i)) for i in range(section.replicas)]
+    worker, count = config.decode_worker, config.workers_per_root * config.decode_service.replicas
+    found += [Endpoint(ServiceRole.DECODE_WORKER, i, dial(worker.host, worker.port + i)) for i in range(count)]
     return found
 
 

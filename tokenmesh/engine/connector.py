@@ -18,6 +18,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
     KVConnectorRole,
     KVConnectorTransferResults,
+    KVConnectorWorkerMetadata,
 )
 
 from tokenmesh.engine.consumer import ConsumerScheduler, ConsumerWorker
@@ -124,6 +125,10 @@ class TokenParallelKVConnector(KVConnectorBase_V1):
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         """vLLM's hook."""
         return self.worker.results()
+
+    def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
+        """vLLM's hook."""
+        return self.worker.report()
 
     def shutdown(self) -> None:
         """vLLM's hook."""

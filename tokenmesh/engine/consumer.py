@@ -9,13 +9,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorTransferResults
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorMetadata,
+    KVConnectorTransferResults,
+    KVConnectorWorkerMetadata,
+)
 
 from tokenmesh.engine.counts import CountsReporter
+from tokenmesh.engine.group import active
 from tokenmesh.engine.settings import IDLE_WAIT_S, ConnectorSettings, FetchFrom
-from tokenmesh.engine.shared_kv import SharedKv
+from tokenmesh.engine.shared_kv import SharedKv, geometry_of
 from tokenmesh.kv.hub import EngineLink
-from tokenmesh.kv.messages import DropKv, KvArrived, WantKv
+from tokenmesh.kv.messages import AttachRank, DetachRank, DropKv, KvArrived, RankDetached, ToScheduler, WantKv
 
 if TYPE_CHECKING:
     import torch
@@ -28,9 +33,24 @@ if TYPE_CHECKING:
 class ConsumerPlan(KVConnectorMetadata):
     """Scheduler half → worker half; what has arrived the service tells the workers itself."""
 
-    def __init__(self, idle: bool = False) -> None:
+    def __init__(self, idle: bool = False, dropped: list[tuple[int, int]] | None = None) -> None:
         self.idle = idle
         """The step computes nothing."""
+        self.dropped = dropped or []
+        """(rank, epoch) that the scheduler has taken out of the group."""
+
+
+class RankReport(KVConnectorWorkerMetadata):
+    """Worker half → scheduler, with a step's output: ranks that were lost in it."""
+
+    def __init__(self, lost: dict[tuple[int, int], str]) -> None:
+        self.lost = lost
+        """(rank, epoch) → why."""
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> RankReport:
+        """One report of all tensor-parallel workers: what one of them lost is lost."""
+        assert isinstance(other, RankReport)
+        return RankReport({**other.lost, **self.lost})
 
 
 class ConsumerScheduler:
@@ -43,6 +63,19 @@ class ConsumerScheduler:
         self._asked: set[str] = set()
         self._counts = CountsReporter(self._link)
         self.kv_cache_manager: KVCacheManager
+        self.placement = settings.placement
+        self.rank_epochs: dict[int, int] = {}
+        """Epoch of each attached rank; kept by the scheduler."""
+        self.dropped: list[tuple[int, int]] = []
+        """Ranks that the workers must let go of, from the next step on."""
+
+    def rank_messages(self) -> list[ToScheduler]:
+        """What the service has told about ranks since last asked."""
+        return [m for m in self._link.poll() if isinstance(m, AttachRank | DetachRank)]
+
+    def tell(self, message: RankDetached) -> None:
+        """Tells the service."""
+        self._link.send(message)
 
     def matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
         """All missing prompt tokens, to be loaded asynchronously; or none. No side effects: vLLM may ask repeatedly."""
@@ -72,7 +105,8 @@ class ConsumerScheduler:
     def plan_step(self, output: SchedulerOutput) -> ConsumerPlan:
         """Hardly a plan; the step is an occasion to report block counts."""
         self.report_counts()
-        return ConsumerPlan(idle=output.total_num_scheduled_tokens == 0)
+        dropped, self.dropped = self.dropped, []
+        return ConsumerPlan(output.total_num_scheduled_tokens == 0, dropped)
 
     def finished(self, request: Request) -> bool:
         """Drops a request that ends while its KV is awaited; vLLM holds its blocks until KvArrived."""
@@ -105,12 +139,19 @@ class ConsumerWorker:
 
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Shares the cache and starts the mover."""
-        self._kv = SharedKv(kv_caches, self._settings, self._config, self._shard)
+        self._kv = SharedKv(kv_caches, geometry_of(kv_caches, self._config), self._settings, self._shard)
+        group = active()
+        if group is not None:
+            group.number_layers(list(kv_caches), self._config.compilation_config.static_forward_context)
 
     def begin_step(self, plan: Any) -> None:
         """Notes whether there is anything to compute."""
         assert isinstance(plan, ConsumerPlan)
         self._wait = IDLE_WAIT_S if plan.idle else 0.0
+        group = active()
+        if group is not None:
+            for rank, epoch in plan.dropped:
+                group.drop(rank, epoch)
 
     def layer_done(self, layer_name: str) -> None:
         """Nothing to save."""
@@ -127,6 +168,17 @@ class ConsumerWorker:
                 if not message.ok:
                     results.failed_recving.add(message.request_id)
         return results
+
+    def report(self) -> RankReport | None:
+        """Ranks lost in the step; also tells the service how long steps take."""
+        group = active()
+        if group is None:
+            return None
+        times = group.times.take()
+        if times is not None:
+            self._link.send(times)
+        lost = group.take_lost()
+        return RankReport(lost) if lost else None
 
     def close(self) -> None:
         """Ends the mover and closes the link."""

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from tokenmesh.config import EngineConfig, MeshConfig, PrefillConfig
+from tokenmesh.config import ConfigError, DecodeConfig, EngineConfig, MeshConfig, PrefillConfig
 from tokenmesh.engine.settings import ConnectorSettings
 from tokenmesh.kv.hub import LinkHub
 from tokenmesh.kv.messages import EngineCounts, MoverReady, ToService
+from tokenmesh.parallel.partition import split_blocks
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -116,7 +118,8 @@ async def run_engine(
             transport=transfer.transport,
             chunk_bytes=transfer.chunk_bytes,
             window=transfer.window,
-            remote_prefill_min_tokens=getattr(section, "remote_prefill_min_tokens", 1),
+            remote_prefill_min_tokens=section.remote_prefill_min_tokens if isinstance(section, DecodeConfig) else 1,
+            placement=section.group.placement if isinstance(section, DecodeConfig) else "balance",
         )
         host.llm = await asyncio.to_thread(_start, mesh, section, model_path, producer, settings, extra)
         try:
@@ -157,6 +160,50 @@ def _start(
             kv_load_failure_policy="recompute",
             kv_connector_extra_config=settings.to_extra_config(),
         ),
+        **(token_parallel_args(section) if isinstance(section, DecodeConfig) else {}),
         **extra,
     )
-    return AsyncLLM.from_engine_args(args, usage_context=UsageContext.OPENAI_API_SERVER)
+    try:
+        vllm_config = args.create_engine_config(UsageContext.OPENAI_API_SERVER)
+    except ValueError as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+    if isinstance(section, DecodeConfig) and section.token_parallel_size > 1:
+        check_model(vllm_config)
+    return AsyncLLM.from_vllm_config(vllm_config, usage_context=UsageContext.OPENAI_API_SERVER, disable_log_stats=False)
+
+
+def token_parallel_args(section: DecodeConfig) -> dict[str, Any]:
+    """vLLM's arguments that make an engine the root of a group; none for a group of one."""
+    if section.token_parallel_size == 1:
+        return {}
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        raise ConfigError("decode_service.token_parallel_size: more than one rank runs on CPUs only, in this version")
+    values: dict[str, Any] = {
+        "worker_cls": "tokenmesh.engine.worker.TokenParallelCpuWorker",
+        "scheduler_cls": "tokenmesh.engine.scheduler.TokenParallelScheduler",
+    }
+    group = section.group
+    if group.kv_blocks is not None:
+        # One more: vLLM sets its first block aside.
+        blocks = split_blocks(group.kv_blocks, section.token_parallel_size, group.root_share)
+        values["num_gpu_blocks_override"] = blocks[0] + 1
+    return values
+
+
+def check_model(vllm_config: VllmConfig) -> None:
+    """Raises ConfigError for a model or an engine that cannot be spread over ranks."""
+    model, problem = vllm_config.model_config, ""
+    if model.use_mla:
+        problem = "its attention (MLA) is not supported"
+    elif model.is_hybrid or model.is_attention_free or model.is_encoder_decoder:
+        problem = "only decoders with attention in every layer are supported"
+    elif vllm_config.speculative_config is not None:
+        problem = "speculative decoding is not supported"
+    elif vllm_config.cache_config.cache_dtype.startswith(("fp8", "int", "nvfp4")):
+        problem = f"a KV cache in {vllm_config.cache_config.cache_dtype} is not supported"
+    elif vllm_config.scheduler_config.policy != "fcfs":
+        problem = "priority scheduling preempts without regard to ranks"
+    if problem:
+        raise ConfigError(f"{model.model} cannot be decoded token-parallel: {problem}; set token_parallel_size to 1")

@@ -13,7 +13,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadat
 
 from tokenmesh.engine.counts import CountsReporter
 from tokenmesh.engine.settings import IDLE_WAIT_S, ConnectorSettings, SendTo
-from tokenmesh.engine.shared_kv import SharedKv
+from tokenmesh.engine.shared_kv import SharedKv, geometry_of
 from tokenmesh.kv.hub import EngineLink
 from tokenmesh.kv.messages import CancelSend, Commit, KvSent, OpenSend, Push
 
@@ -172,7 +172,7 @@ class ProducerWorker:
 
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Shares the cache and starts the mover."""
-        self._kv = SharedKv(kv_caches, self._settings, self._config, self._shard)
+        self._kv = SharedKv(kv_caches, geometry_of(kv_caches, self._config), self._settings, self._shard)
 
     def begin_step(self, plan: Any) -> None:
         """Opens new transfers and sends what is in the cache already."""
@@ -217,6 +217,9 @@ class ProducerWorker:
         self._sent -= ready
         self._open -= ready
         return KVConnectorTransferResults(finished_sending={self._released.pop(t) for t in ready})
+
+    def report(self) -> None:
+        """A prefill engine has no ranks to report."""
 
     def close(self) -> None:
         """Ends the mover and closes the link."""

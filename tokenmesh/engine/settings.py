@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from tokenmesh.parallel.placement import Policy
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
@@ -32,6 +34,8 @@ class ConnectorSettings(msgspec.Struct, frozen=True):
     window: int
     remote_prefill_min_tokens: int = 1
     """Consumers only: fewer missing prompt tokens are computed locally."""
+    placement: Policy = "balance"
+    """Consumers only: how sequences are spread over ranks."""
 
     def to_extra_config(self) -> dict[str, Any]:
         """As kv_connector_extra_config."""

@@ -30,7 +30,7 @@ class SharedKv:
     """A worker's KV cache, its mover, and the channel to it."""
 
     def __init__(
-        self, kv_caches: dict[str, torch.Tensor], settings: ConnectorSettings, vllm_config: VllmConfig, shard: int
+        self, kv_caches: dict[str, torch.Tensor], geometry: BlockGeometry, settings: ConnectorSettings, shard: int
     ) -> None:
         """`kv_caches`: per layer [num_blocks, ...], all views of one storage (vLLM allocates them so)."""
         self.layers = {name: i for i, name in enumerate(kv_caches)}
@@ -47,16 +47,7 @@ class SharedKv:
         fd, nbytes = storage._share_fd_cpu_()
 
         element = tensors[0].element_size()
-        model = vllm_config.model_config
-        self.geometry = BlockGeometry(
-            layers=len(tensors),
-            kv_heads=model.get_num_kv_heads(vllm_config.parallel_config),
-            head_size=model.get_head_size(),
-            block_size=vllm_config.cache_config.block_size,
-            dtype=str(tensors[0].dtype).removeprefix("torch."),
-            block_bytes=tensors[0][0].numel() * element,
-            packing=_packing(vllm_config),
-        )
+        self.geometry = geometry
         spans = [LayerSpan(t.storage_offset() * element, t.stride(0) * element) for t in tensors]
         self._folder = tempfile.mkdtemp(prefix="tokenmesh-mover-")
         inbox = f"ipc://{self._folder}/inbox"
@@ -104,7 +95,22 @@ class SharedKv:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def _packing(vllm_config: VllmConfig) -> str:
+def geometry_of(kv_caches: dict[str, torch.Tensor], vllm_config: VllmConfig) -> BlockGeometry:
+    """The shape of an engine worker's blocks."""
+    tensors = list(kv_caches.values())
+    model = vllm_config.model_config
+    return BlockGeometry(
+        layers=len(tensors),
+        kv_heads=model.get_num_kv_heads(vllm_config.parallel_config),
+        head_size=model.get_head_size(),
+        block_size=vllm_config.cache_config.block_size,
+        dtype=str(tensors[0].dtype).removeprefix("torch."),
+        block_bytes=tensors[0][0].numel() * tensors[0].element_size(),
+        packing=packing(vllm_config),
+    )
+
+
+def packing(vllm_config: VllmConfig) -> str:
     """How keys lie inside a block: CPU kernels of different instruction sets pack them differently."""
     from vllm.platforms import current_platform
 

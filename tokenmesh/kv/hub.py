@@ -12,11 +12,11 @@ from pathlib import Path
 import zmq
 import zmq.asyncio
 
-from tokenmesh.kv.messages import ToMover, ToService, ToWorker, encode, to_service, to_worker
+from tokenmesh.kv.messages import ToEngine, ToMover, ToService, encode, to_engine, to_service
 
 
 class LinkHub:
-    """The service's end. Routes messages to `mover-SHARD`, `worker-SHARD`; hears from those and from `scheduler`.
+    """The service's end. Routes messages to `scheduler`, `worker-SHARD` and `mover-SHARD`, and hears from them.
 
     Used as an async context; the socket's folder goes with it.
     """
@@ -58,7 +58,7 @@ class LinkHub:
             peer, data = await self._outbox.get()
             await self._router.send_multipart([peer.encode(), data])
 
-    def send(self, peer: str, message: ToMover | ToWorker) -> None:
+    def send(self, peer: str, message: ToMover | ToEngine) -> None:
         """Queues a message; one to a peer that is gone is dropped by ZeroMQ."""
         self._outbox.put_nowait((peer, encode(message)))
 
@@ -78,14 +78,14 @@ class EngineLink:
         """Sends without waiting."""
         self._socket.send(encode(message), zmq.NOBLOCK)
 
-    def poll(self, wait_s: float = 0.0) -> list[ToWorker]:
+    def poll(self, wait_s: float = 0.0) -> list[ToEngine]:
         """Everything that has arrived; waits up to `wait_s` for a first message."""
-        messages: list[ToWorker] = []
+        messages: list[ToEngine] = []
         if wait_s:
             self._socket.poll(int(wait_s * 1000))
         with contextlib.suppress(zmq.Again):
             while True:
-                messages.append(to_worker(self._socket.recv(zmq.NOBLOCK)))
+                messages.append(to_engine(self._socket.recv(zmq.NOBLOCK)))
         return messages
 
     def close(self) -> None:

@@ -57,6 +57,14 @@ class Expect(msgspec.Struct, frozen=True, tag=True, gc=False):
     blocks: list[int]
 
 
+class Relay(msgspec.Struct, frozen=True, tag=True, gc=False):
+    """Pass messages of this ticket on to its owner instead of applying them; until Settle."""
+
+    transfer_id: bytes
+    host: str
+    port: int
+
+
 class Settle(msgspec.Struct, frozen=True, tag=True, gc=False):
     """Close a ticket. Answered by Settled; later messages that name it are dropped."""
 
@@ -132,11 +140,129 @@ class DropKv(msgspec.Struct, frozen=True, tag=True, gc=False):
     request_id: str
 
 
+class RankCounts(msgspec.Struct, frozen=True, gc=False):
+    """Blocks of one rank, and what lives in them."""
+
+    rank: int
+    blocks_total: int
+    blocks_free: int
+    context_tokens: int
+    sequences: int
+
+
 class EngineCounts(msgspec.Struct, frozen=True, tag=True, gc=False):
     """Blocks of a scheduler, sent when they change."""
 
     blocks_total: int
     blocks_free: int
+    ranks: list[RankCounts] = []
+    """Per rank, the root first; empty where there is no group."""
+
+
+class RankDetached(msgspec.Struct, frozen=True, tag=True, gc=False):
+    """The scheduler has taken a rank out of the group."""
+
+    rank: int
+    epoch: int
+    reason: str
+    recomputed: int
+    """Running sequences that have to be computed again."""
+
+
+class StepTimes(msgspec.Struct, frozen=True, tag=True, gc=False):
+    """Where the time of recent steps with several ranks went, as one engine worker measured it."""
+
+    steps: int
+    step_seconds: float
+    attention_phase_seconds: float
+    """From sending rows to having everybody's attention, all layers."""
+    attention_seconds: dict[int, float]
+    """Rank → time in its kernel."""
+    exchange_us: list[float]
+    """Per layer and step: the phase less the slowest rank's kernel."""
+
+
+# To the scheduler.
+
+
+class AttachRank(msgspec.Struct, frozen=True, tag=True, gc=False):
+    """A rank is connected to every engine worker and takes sequences from the next step on."""
+
+    rank: int
+    epoch: int
+    """Counts the attachments of a service; tells a rank from one that had its number before."""
+    blocks: int
+
+
+class DetachRank(msgspec.Struct, frozen=True, tag=True, gc=False):
+    """A rank is gone or wants to go."""
+
+    rank: int
+    epoch: int
+    reason: str
+
+
+# To a shard of a decode worker.
+
+
+class OpenShard(msgspec.Struct, frozen=True, tag=True, gc=False):
+    """Allocate blocks and listen for the root."""
+
+    spec: bytes
+    """A RankSpec, encoded: this module must not need what it is made of."""
+    geometry: BlockGeometry
+    blocks: int
+    token: bytes
+    """What the root will show."""
+
+
+class CloseShard(msgspec.Struct, frozen=True, tag=True, gc=False):
+    """Give the root up and free the blocks. Answered by ShardClosed."""
+
+
+class ZeroShard(msgspec.Struct, frozen=True, tag=True, gc=False):
+    """Overwrite the blocks with zeros, between steps. Answered by ShardZeroed."""
+
+
+# From a shard of a decode worker.
+
+
+class ShardUp(msgspec.Struct, frozen=True, tag=True, gc=False):
+    """The process has loaded its kernels and waits for OpenShard."""
+
+    shard: int
+
+
+class ShardOpen(msgspec.Struct, frozen=True, tag=True, gc=False):
+    """The exchange listens, or (with an error) does not."""
+
+    shard: int
+    port: int
+    error: str
+
+
+class ShardState(msgspec.Struct, frozen=True, tag=True, gc=False):
+    """What a shard does; sent now and then."""
+
+    shard: int
+    transport: str
+    steps: int
+    context_tokens: int
+    attention_seconds: float
+
+
+class ShardZeroed(msgspec.Struct, frozen=True, tag=True, gc=False):
+    """The blocks are zero; not ok: a step was under way."""
+
+    shard: int
+    ok: bool
+
+
+class ShardClosed(msgspec.Struct, frozen=True, tag=True, gc=False):
+    """The blocks are free: as asked, or because the root went away."""
+
+    shard: int
+    reason: str
 
 
 # To an engine worker.
@@ -155,9 +281,15 @@ class KvSent(msgspec.Struct, frozen=True, tag=True, gc=False):
     transfer_id: bytes
 
 
-ToMover = OpenSend | Push | Commit | CancelSend | Connect | Expect | Settle
-ToService = MoverReady | Connected | SendDone | Settled | WantKv | DropKv | EngineCounts
+ToMover = OpenSend | Push | Commit | CancelSend | Connect | Expect | Relay | Settle
+FromMover = MoverReady | Connected | SendDone | Settled
+FromEngine = WantKv | DropKv | EngineCounts | RankDetached | StepTimes
+FromShard = ShardUp | ShardOpen | ShardState | ShardZeroed | ShardClosed
+ToService = FromMover | FromEngine | FromShard
+ToScheduler = AttachRank | DetachRank
 ToWorker = KvArrived | KvSent
+ToShard = OpenShard | CloseShard | ZeroShard
+ToEngine = ToScheduler | ToWorker | ToShard
 
 _encoder = msgspec.msgpack.Encoder()
 
@@ -167,7 +299,7 @@ def encode(message: Any) -> bytes:
     return _encoder.encode(message)
 
 
-_decoders = {kind: msgspec.msgpack.Decoder(kind) for kind in (ToMover, ToService, ToWorker)}
+_decoders = {kind: msgspec.msgpack.Decoder(kind) for kind in (ToMover, ToService, ToEngine)}
 
 
 def to_mover(data: bytes) -> ToMover:
@@ -180,6 +312,6 @@ def to_service(data: bytes) -> ToService:
     return _decoders[ToService].decode(data)  # type: ignore[no-any-return]
 
 
-def to_worker(data: bytes) -> ToWorker:
-    """Decodes what an engine worker receives. Raises msgspec.ValidationError for anything else."""
-    return _decoders[ToWorker].decode(data)  # type: ignore[no-any-return]
+def to_engine(data: bytes) -> ToEngine:
+    """Decodes what schedulers and engine workers receive. Raises msgspec.ValidationError for anything else."""
+    return _decoders[ToEngine].decode(data)  # type: ignore[no-any-return]

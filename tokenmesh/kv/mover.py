@@ -30,6 +30,7 @@ from tokenmesh.kv.messages import (
     MoverReady,
     OpenSend,
     Push,
+    Relay,
     Settle,
     ToMover,
     encode,
@@ -39,6 +40,7 @@ from tokenmesh.logs import setup_inherited_logging
 
 if TYPE_CHECKING:
     from tokenmesh.kv.receiver import Receiver
+    from tokenmesh.kv.relay import Relays
     from tokenmesh.kv.sender import Sender
 
 log = structlog.get_logger()
@@ -68,6 +70,7 @@ async def _run(args: MoverArgs) -> None:
     settings = transports.environment(args.transport)
     os.environ.update({k: v for k, v in settings.items() if k not in os.environ})
     from tokenmesh.kv.receiver import Receiver
+    from tokenmesh.kv.relay import Relays
     from tokenmesh.kv.sender import Sender
     from tokenmesh.kv.ucx import UcxWorker
 
@@ -87,7 +90,8 @@ async def _run(args: MoverArgs) -> None:
         outbox.put_nowait(encode(message))
 
     sender = Sender(worker, memory, args.chunk_bytes, args.window, report)
-    receiver = Receiver(args.shard, memory, args.chunk_bytes, args.window, report)
+    relays = Relays(sender.peer)
+    receiver = Receiver(args.shard, memory, args.chunk_bytes, args.window, report, relays)
     port = worker.listen(args.port, receiver.serve)
     report(MoverReady(args.shard, args.host, port, args.geometry))
     log.info("mover ready", host=args.host, port=port)
@@ -98,7 +102,7 @@ async def _run(args: MoverArgs) -> None:
 
     async def serve(socket: zmq.asyncio.Socket) -> None:
         while True:
-            _dispatch(to_mover(await socket.recv()), sender, receiver)
+            _dispatch(to_mover(await socket.recv()), sender, receiver, relays)
 
     tasks = [asyncio.create_task(send_reports()), asyncio.create_task(serve(hub)), asyncio.create_task(serve(inbox))]
     stdin_closed = asyncio.Event()
@@ -117,7 +121,7 @@ async def _run(args: MoverArgs) -> None:
 _background: set[asyncio.Task[None]] = set()
 
 
-def _dispatch(message: ToMover, sender: Sender, receiver: Receiver) -> None:
+def _dispatch(message: ToMover, sender: Sender, receiver: Receiver, relays: Relays) -> None:
     match message:
         case Push() | Commit():
             sender.add(message)
@@ -127,6 +131,8 @@ def _dispatch(message: ToMover, sender: Sender, receiver: Receiver) -> None:
             sender.cancel(transfer_id)
         case Expect():
             receiver.expect(message)
+        case Relay():
+            relays.open(message)
         case Settle(transfer_id):
             receiver.settle(transfer_id)
         case Connect(host, port):

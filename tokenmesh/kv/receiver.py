@@ -17,6 +17,7 @@ import structlog
 
 from tokenmesh.kv.memory import Buffer, KvMemory
 from tokenmesh.kv.messages import Expect, Settled
+from tokenmesh.kv.relay import Relays
 from tokenmesh.kv.stopwatch import Stopwatch
 from tokenmesh.kv.ucx import UcxEndpoint, UcxError
 from tokenmesh.kv.wire import HEADER_BYTES, HEADER_CHANNEL, PAYLOAD_CHANNEL, Header, Kind, WireError
@@ -45,8 +46,16 @@ class Receiver:
     """All transfers that arrive at this mover."""
 
     def __init__(
-        self, shard: int, memory: KvMemory, chunk_bytes: int, window: int, report: Callable[[Settled], None]
+        self,
+        shard: int,
+        memory: KvMemory,
+        chunk_bytes: int,
+        window: int,
+        report: Callable[[Settled], None],
+        relays: Relays | None = None,
     ) -> None:
+        """`relays`: tickets whose messages go on to another owner."""
+        self._relays = relays or Relays()
         self._shard = shard
         self._memory = memory
         self._report = report
@@ -70,6 +79,7 @@ class Receiver:
 
     def settle(self, transfer_id: bytes) -> None:
         """Closes a ticket and reports it; from here on its blocks are not written."""
+        self._relays.close(transfer_id)
         ticket = self._tickets.pop(transfer_id, None)
         if ticket is None:
             self._report(Settled(transfer_id, self._shard, False, "unknown transfer", 0, 0, 0.0, "", 0))
@@ -110,8 +120,11 @@ class Receiver:
                     task.add_done_callback(applied.discard)
                 elif header.kind is Kind.COMMIT:
                     await asyncio.gather(*applied)
-                    ticket = self._tickets.get(header.transfer_id)
-                    whole = header.intact() and ticket is not None and ticket.complete
+                    if header.transfer_id in self._relays:
+                        whole = await self._relays.commit(header)
+                    else:
+                        ticket = self._tickets.get(header.transfer_id)
+                        whole = header.intact() and ticket is not None and ticket.complete
                     answer = Header(Kind.RECEIPT, header.transfer_id, first=int(whole))
                     await endpoint.send(answer.sealed().to_buffer(), HEADER_CHANNEL)
         except WireError as error:
@@ -126,7 +139,10 @@ class Receiver:
         try:
             with ticket.wire.message() if ticket is not None else contextlib.nullcontext():
                 await received
-            self._apply(header, staging[: header.length], transport)
+            if header.transfer_id in self._relays:
+                await self._relays.forward(header, staging[: header.length])
+            else:
+                self._apply(header, staging[: header.length], transport)
         finally:
             self._staging.put_nowait(staging)
 

@@ -125,8 +125,8 @@ class Sender:
         """Transfers not yet done."""
         return len(self._transfers)
 
-    async def _peer(self, host: str, port: int) -> Peer:
-        """The connection to an owner, made once and made again after it broke."""
+    async def peer(self, host: str, port: int) -> Peer:
+        """The connection to an owner, made once and made again after it broke. Raises SendError."""
         task = self._peers.get((host, port))
         if task is not None and task.done() and (task.cancelled() or task.exception() or task.result().failure):
             if not task.cancelled() and not task.exception():
@@ -151,7 +151,7 @@ class Sender:
     async def connect(self, host: str, port: int) -> None:
         """Connects ahead of the first transfer and reports how that went."""
         try:
-            peer = await self._peer(host, port)
+            peer = await self.peer(host, port)
             self._report(Connected(host, port, "", peer.transport, peer.goodput))
         except SendError as error:
             self._report(Connected(host, port, str(error), "", 0.0))
@@ -186,7 +186,7 @@ class Sender:
         try:
             if transfer.cancelled:
                 raise asyncio.CancelledError
-            peer = await self._peer(host, port)
+            peer = await self.peer(host, port)
             transfer.transport = peer.transport
             while isinstance(command := await transfer.commands.get(), Push):
                 await self._push(transfer_id, transfer, peer, command, sends)

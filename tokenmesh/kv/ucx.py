@@ -155,7 +155,7 @@ class UcxWorker:
 
     async def _accept(self, raw: Any, serve: Callable[[UcxEndpoint], Awaitable[None]]) -> None:
         try:
-            endpoint = await asyncio.wait_for(self._shake_hands(raw), timeout=5)
+            endpoint = await asyncio.wait_for(self._greet(raw), timeout=5)
         except (UcxError, TimeoutError) as error:
             log.warning("ucx peer did not complete its handshake", error=str(error))
             return
@@ -167,8 +167,9 @@ class UcxWorker:
     async def connect(self, host: str, port: int, timeout: float = 5.0) -> UcxEndpoint:
         """Connects to a listener. Raises UcxError."""
         try:
-            raw = core.UCXEndpoint.create(self._worker, host, port, True)
-            return await asyncio.wait_for(self._shake_hands(raw), timeout)
+            # Nothing may come between the two: UCX loops for ever in a send on an endpoint that has failed to connect.
+            greeting = self._greet(core.UCXEndpoint.create(self._worker, host, port, True))
+            return await asyncio.wait_for(greeting, timeout)
         except TimeoutError as error:
             raise UcxError(f"no answer from {host}:{port} within {timeout:g} s") from error
         except UcxError:
@@ -176,8 +177,8 @@ class UcxWorker:
         except Exception as error:
             raise UcxError(f"{host}:{port}: {type(error).__name__}: {error}") from error
 
-    async def _shake_hands(self, raw: Any) -> UcxEndpoint:
-        """Tells the peer which tags reach us, and learns which reach it.
+    def _greet(self, raw: Any) -> Awaitable[UcxEndpoint]:
+        """Tells the peer which tags reach us, and learns which reach it. Sends before it returns.
 
         Tags are matched per worker, not per endpoint, so each side draws a random base for what it receives.
         """
@@ -189,8 +190,12 @@ class UcxWorker:
             future: asyncio.Future[None] = self._loop.create_future()
             self._track(verb(Array(buffer)), future, buffer, bulk=False)
             futures.append(future)
-        await asyncio.gather(*futures)
-        return UcxEndpoint(self, raw, int.from_bytes(answer.tobytes(), "little"), mine)
+
+        async def greeted() -> UcxEndpoint:
+            await asyncio.gather(*futures)
+            return UcxEndpoint(self, raw, int.from_bytes(answer.tobytes(), "little"), mine)
+
+        return greeted()
 
     def close(self) -> None:
         """Stops listening and driving; open requests are dropped."""

@@ -25,21 +25,47 @@ _sym_db = _symbol_database.Default()
 from tokenmesh.v1 import kv_pb2 as tokenmesh_dot_v1_dot_kv__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19tokenmesh/v1/worker.proto\x12\x0ctokenmesh.v1\x1a\x15tokenmesh/v1/kv.proto\"t\n\rAttachRequest\x12\x16\n\x0e\x64\x65\x63ode_root_id\x18\x01 \x01(\t\x12-\n\x08geometry\x18\x02 \x01(\x0b\x32\x1b.tokenmesh.v1.BlockGeometry\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x0e\n\x06\x62locks\x18\x04 \x01(\r\"F\n\x0e\x41ttachResponse\x12\x0e\n\x06\x62locks\x18\x01 \x01(\r\x12$\n\x05shard\x18\x02 \x01(\x0b\x32\x15.tokenmesh.v1.KvShard\"\'\n\rDetachRequest\x12\x16\n\x0e\x64\x65\x63ode_root_id\x18\x01 \x01(\t\"\x10\n\x0e\x44\x65tachResponse2\x99\x01\n\rWorkerService\x12\x43\n\x06\x41ttach\x12\x1b.tokenmesh.v1.AttachRequest\x1a\x1c.tokenmesh.v1.AttachResponse\x12\x43\n\x06\x44\x65tach\x12\x1b.tokenmesh.v1.DetachRequest\x1a\x1c.tokenmesh.v1.DetachResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19tokenmesh/v1/worker.proto\x12\x0ctokenmesh.v1\x1a\x15tokenmesh/v1/kv.proto\"H\n\x0eLayerAttention\x12\r\n\x05scale\x18\x01 \x01(\x01\x12\x16\n\x0esliding_window\x18\x02 \x01(\x11\x12\x0f\n\x07softcap\x18\x03 \x01(\x01\"\xa3\x01\n\tAttention\x12\r\n\x05heads\x18\x01 \x01(\r\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12,\n\x06layers\x18\x03 \x03(\x0b\x32\x1c.tokenmesh.v1.LayerAttention\x12\x10\n\x08max_seqs\x18\x04 \x01(\r\x12\x12\n\nmax_tokens\x18\x05 \x01(\r\x12\x12\n\nmax_blocks\x18\x06 \x01(\r\x12\x10\n\x08kv_split\x18\x07 \x01(\x08\"\xb0\x01\n\rAttachRequest\x12\x16\n\x0e\x64\x65\x63ode_root_id\x18\x01 \x01(\t\x12-\n\x08geometry\x18\x02 \x01(\x0b\x32\x1b.tokenmesh.v1.BlockGeometry\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x0e\n\x06\x62locks\x18\x04 \x01(\r\x12*\n\tattention\x18\x05 \x01(\x0b\x32\x17.tokenmesh.v1.Attention\x12\x0e\n\x06shards\x18\x06 \x01(\r\"W\n\tRankShard\x12!\n\x02kv\x18\x01 \x01(\x0b\x32\x15.tokenmesh.v1.KvShard\x12\'\n\x08\x65xchange\x18\x02 \x01(\x0b\x32\x15.tokenmesh.v1.KvShard\"X\n\x0e\x41ttachResponse\x12\x0e\n\x06\x62locks\x18\x01 \x01(\r\x12\'\n\x06shards\x18\x02 \x03(\x0b\x32\x17.tokenmesh.v1.RankShard\x12\r\n\x05token\x18\x03 \x01(\x0c\"\'\n\rDetachRequest\x12\x16\n\x0e\x64\x65\x63ode_root_id\x18\x01 \x01(\t\"\x10\n\x0e\x44\x65tachResponse\"\x1b\n\x19WorkerServiceDrainRequest\".\n\x1aWorkerServiceDrainResponse\x12\x10\n\x08\x61ttached\x18\x01 \x01(\x08\"\x11\n\x0fGetStatsRequest\"\xf6\x01\n\x10GetStatsResponse\x12\x16\n\x0e\x64\x65\x63ode_root_id\x18\x01 \x01(\t\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\x0e\n\x06\x62locks\x18\x03 \x01(\r\x12\x10\n\x08kv_bytes\x18\x04 \x01(\x04\x12\r\n\x05steps\x18\x05 \x01(\x04\x12\x16\n\x0e\x63ontext_tokens\x18\x06 \x01(\x04\x12\x19\n\x11\x61ttention_seconds\x18\x07 \x01(\x01\x12\x1a\n\x12\x65xchange_transport\x18\x08 \x01(\t\x12\x10\n\x08\x64raining\x18\t \x01(\x08\x12\x19\n\x11kv_received_bytes\x18\n \x01(\x04\x12\x0f\n\x07kv_open\x18\x0b \x01(\r\"+\n\x11ResetCacheRequest\x12\x16\n\x0e\x64\x65\x63ode_root_id\x18\x01 \x01(\t\"\x14\n\x12ResetCacheResponse\"Q\n\x0f\x45xpectKvRequest\x12\x16\n\x0e\x64\x65\x63ode_root_id\x18\x01 \x01(\t\x12\x13\n\x0btransfer_id\x18\x02 \x01(\x0c\x12\x11\n\tblock_ids\x18\x03 \x03(\r\"\x12\n\x10\x45xpectKvResponse\">\n\x0fSettleKvRequest\x12\x16\n\x0e\x64\x65\x63ode_root_id\x18\x01 \x01(\t\x12\x13\n\x0btransfer_id\x18\x02 \x01(\x0c\"]\n\x10SettleKvResponse\x12\x10\n\x08\x63omplete\x18\x01 \x01(\x08\x12\r\n\x05\x65rror\x18\x02 \x01(\t\x12(\n\x07receipt\x18\x03 \x01(\x0b\x32\x17.tokenmesh.v1.KvReceipt2\xa7\x04\n\rWorkerService\x12\x43\n\x06\x41ttach\x12\x1b.tokenmesh.v1.AttachRequest\x1a\x1c.tokenmesh.v1.AttachResponse\x12\x43\n\x06\x44\x65tach\x12\x1b.tokenmesh.v1.DetachRequest\x1a\x1c.tokenmesh.v1.DetachResponse\x12Z\n\x05\x44rain\x12\'.tokenmesh.v1.WorkerServiceDrainRequest\x1a(.tokenmesh.v1.WorkerServiceDrainResponse\x12I\n\x08GetStats\x12\x1d.tokenmesh.v1.GetStatsRequest\x1a\x1e.tokenmesh.v1.GetStatsResponse\x12O\n\nResetCache\x12\x1f.tokenmesh.v1.ResetCacheRequest\x1a .tokenmesh.v1.ResetCacheResponse\x12I\n\x08\x45xpectKv\x12\x1d.tokenmesh.v1.ExpectKvRequest\x1a\x1e.tokenmesh.v1.ExpectKvResponse\x12I\n\x08SettleKv\x12\x1d.tokenmesh.v1.SettleKvRequest\x1a\x1e.tokenmesh.v1.SettleKvResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tokenmesh.v1.worker_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ATTACHREQUEST']._serialized_start=66
-  _globals['_ATTACHREQUEST']._serialized_end=182
-  _globals['_ATTACHRESPONSE']._serialized_start=184
-  _globals['_ATTACHRESPONSE']._serialized_end=254
-  _globals['_DETACHREQUEST']._serialized_start=256
-  _globals['_DETACHREQUEST']._serialized_end=295
-  _globals['_DETACHRESPONSE']._serialized_start=297
-  _globals['_DETACHRESPONSE']._serialized_end=313
-  _globals['_WORKERSERVICE']._serialized_start=316
-  _globals['_WORKERSERVICE']._serialized_end=469
+  _globals['_LAYERATTENTION']._serialized_start=66
+  _globals['_LAYERATTENTION']._serialized_end=138
+  _globals['_ATTENTION']._serialized_start=141
+  _globals['_ATTENTION']._serialized_end=304
+  _globals['_ATTACHREQUEST']._serialized_start=307
+  _globals['_ATTACHREQUEST']._serialized_end=483
+  _globals['_RANKSHARD']._serialized_start=485
+  _globals['_RANKSHARD']._serialized_end=572
+  _globals['_ATTACHRESPONSE']._serialized_start=574
+  _globals['_ATTACHRESPONSE']._serialized_end=662
+  _globals['_DETACHREQUEST']._serialized_start=664
+  _globals['_DETACHREQUEST']._serialized_end=703
+  _globals['_DETACHRESPONSE']._serialized_start=705
+  _globals['_DETACHRESPONSE']._serialized_end=721
+  _globals['_WORKERSERVICEDRAINREQUEST']._serialized_start=723
+  _globals['_WORKERSERVICEDRAINREQUEST']._serialized_end=750
+  _globals['_WORKERSERVICEDRAINRESPONSE']._serialized_start=752
+  _globals['_WORKERSERVICEDRAINRESPONSE']._serialized_end=798
+  _globals['_GETSTATSREQUEST']._serialized_start=800
+  _globals['_GETSTATSREQUEST']._serialized_end=817
+  _globals['_GETSTATSRESPONSE']._serialized_start=820
+  _globals['_GETSTATSRESPONSE']._serialized_end=1066
+  _globals['_RESETCACHEREQUEST']._serialized_start=1068
+  _globals['_RESETCACHEREQUEST']._serialized_end=1111
+  _globals['_RESETCACHERESPONSE']._serialized_start=1113
+  _globals['_RESETCACHERESPONSE']._serialized_end=1133
+  _globals['_EXPECTKVREQUEST']._serialized_start=1135
+  _globals['_EXPECTKVREQUEST']._serialized_end=1216
+  _globals['_EXPECTKVRESPONSE']._serialized_start=1218
+  _globals['_EXPECTKVRESPONSE']._serialized_end=1236
+  _globals['_SETTLEKVREQUEST']._serialized_start=1238
+  _globals['_SETTLEKVREQUEST']._serialized_end=1300
+  _globals['_SETTLEKVRESPONSE']._serialized_start=1302
+  _globals['_SETTLEKVRESPONSE']._serialized_end=1395
+  _globals['_WORKERSERVICE']._serialized_start=1398
+  _globals['_WORKERSERVICE']._serialized_end=1949
 # @@protoc_insertion_point(module_scope)

@@ -28,8 +28,7 @@ if _version_not_supported:
 class WorkerServiceStub:
     """A rank that holds KV blocks and attends, without weights. Called by its decode root.
 
-    No process serves it yet: the contract is here so that the block ids and targets above already have an owner other
-    than the root.
+    The rows of a step do not go through here: Attach hands out an exchange listener per shard, and a token for it.
     """
 
     def __init__(self, channel):
@@ -48,26 +47,93 @@ class WorkerServiceStub:
                 request_serializer=tokenmesh_dot_v1_dot_worker__pb2.DetachRequest.SerializeToString,
                 response_deserializer=tokenmesh_dot_v1_dot_worker__pb2.DetachResponse.FromString,
                 _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/tokenmesh.v1.WorkerService/Drain',
+                request_serializer=tokenmesh_dot_v1_dot_worker__pb2.WorkerServiceDrainRequest.SerializeToString,
+                response_deserializer=tokenmesh_dot_v1_dot_worker__pb2.WorkerServiceDrainResponse.FromString,
+                _registered_method=True)
+        self.GetStats = channel.unary_unary(
+                '/tokenmesh.v1.WorkerService/GetStats',
+                request_serializer=tokenmesh_dot_v1_dot_worker__pb2.GetStatsRequest.SerializeToString,
+                response_deserializer=tokenmesh_dot_v1_dot_worker__pb2.GetStatsResponse.FromString,
+                _registered_method=True)
+        self.ResetCache = channel.unary_unary(
+                '/tokenmesh.v1.WorkerService/ResetCache',
+                request_serializer=tokenmesh_dot_v1_dot_worker__pb2.ResetCacheRequest.SerializeToString,
+                response_deserializer=tokenmesh_dot_v1_dot_worker__pb2.ResetCacheResponse.FromString,
+                _registered_method=True)
+        self.ExpectKv = channel.unary_unary(
+                '/tokenmesh.v1.WorkerService/ExpectKv',
+                request_serializer=tokenmesh_dot_v1_dot_worker__pb2.ExpectKvRequest.SerializeToString,
+                response_deserializer=tokenmesh_dot_v1_dot_worker__pb2.ExpectKvResponse.FromString,
+                _registered_method=True)
+        self.SettleKv = channel.unary_unary(
+                '/tokenmesh.v1.WorkerService/SettleKv',
+                request_serializer=tokenmesh_dot_v1_dot_worker__pb2.SettleKvRequest.SerializeToString,
+                response_deserializer=tokenmesh_dot_v1_dot_worker__pb2.SettleKvResponse.FromString,
+                _registered_method=True)
 
 
 class WorkerServiceServicer:
     """A rank that holds KV blocks and attends, without weights. Called by its decode root.
 
-    No process serves it yet: the contract is here so that the block ids and targets above already have an owner other
-    than the root.
+    The rows of a step do not go through here: Attach hands out an exchange listener per shard, and a token for it.
     """
 
     def Attach(self, request, context):
-        """Joins a decode group: allocates the partition and opens the exchange. Idempotent for the same root and geometry.
-        Errors: FAILED_PRECONDITION (ALREADY_ATTACHED), INVALID_ARGUMENT (UNSUPPORTED_GEOMETRY),
-        RESOURCE_EXHAUSTED (NOT_ENOUGH_MEMORY).
+        """Joins a decode group.
+
+        Effects: allocates the partition, starts its movers, opens one exchange listener per tensor-parallel shard. The
+        same root may attach again: what it had is dropped first. If no root connects within 30 s, or the one that did
+        goes away, the partition is freed as by Detach.
+        Errors: FAILED_PRECONDITION (ALREADY_ATTACHED: to another root), INVALID_ARGUMENT
+        (UNSUPPORTED_ATTENTION, BAD_REQUEST), RESOURCE_EXHAUSTED (NOT_ENOUGH_MEMORY), UNAVAILABLE (DRAINING).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Detach(self, request, context):
-        """Leaves the group and frees the partition. Idempotent.
+        """Leaves the group and frees the partition. Idempotent; a root that is not attached changes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drain(self, request, context):
+        """Asks to leave: the root moves its sequences elsewhere and detaches. Returns when it has, or at the deadline.
+        Effects: Attach is refused from now on. Idempotent.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetStats(self, request, context):
+        """Reports what the rank holds and does. No effects; answers within a second.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ResetCache(self, request, context):
+        """Overwrites the partition with zeros, so that nothing of earlier sequences remains.
+        Errors: FAILED_PRECONDITION (NOT_ATTACHED; BUSY: a step or a transfer is under way).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExpectKv(self, request, context):
+        """Opens a ticket: whoever shows the transfer id may write these blocks once. Errors: FAILED_PRECONDITION
+        (NOT_ATTACHED).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SettleKv(self, request, context):
+        """Closes a ticket and says what came. From here on nothing can be written under it. Idempotent.
+        Errors: FAILED_PRECONDITION (NOT_ATTACHED).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -86,6 +152,31 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     request_deserializer=tokenmesh_dot_v1_dot_worker__pb2.DetachRequest.FromString,
                     response_serializer=tokenmesh_dot_v1_dot_worker__pb2.DetachResponse.SerializeToString,
             ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=tokenmesh_dot_v1_dot_worker__pb2.WorkerServiceDrainRequest.FromString,
+                    response_serializer=tokenmesh_dot_v1_dot_worker__pb2.WorkerServiceDrainResponse.SerializeToString,
+            ),
+            'GetStats': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetStats,
+                    request_deserializer=tokenmesh_dot_v1_dot_worker__pb2.GetStatsRequest.FromString,
+                    response_serializer=tokenmesh_dot_v1_dot_worker__pb2.GetStatsResponse.SerializeToString,
+            ),
+            'ResetCache': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResetCache,
+                    request_deserializer=tokenmesh_dot_v1_dot_worker__pb2.ResetCacheRequest.FromString,
+                    response_serializer=tokenmesh_dot_v1_dot_worker__pb2.ResetCacheResponse.SerializeToString,
+            ),
+            'ExpectKv': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExpectKv,
+                    request_deserializer=tokenmesh_dot_v1_dot_worker__pb2.ExpectKvRequest.FromString,
+                    response_serializer=tokenmesh_dot_v1_dot_worker__pb2.ExpectKvResponse.SerializeToString,
+            ),
+            'SettleKv': grpc.unary_unary_rpc_method_handler(
+                    servicer.SettleKv,
+                    request_deserializer=tokenmesh_dot_v1_dot_worker__pb2.SettleKvRequest.FromString,
+                    response_serializer=tokenmesh_dot_v1_dot_worker__pb2.SettleKvResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'tokenmesh.v1.WorkerService', rpc_method_handlers)
@@ -97,8 +188,7 @@ def add_WorkerServiceServicer_to_server(servicer, server):
 class WorkerService:
     """A rank that holds KV blocks and attends, without weights. Called by its decode root.
 
-    No process serves it yet: the contract is here so that the block ids and targets above already have an owner other
-    than the root.
+    The rows of a step do not go through here: Attach hands out an exchange listener per shard, and a token for it.
     """
 
     @staticmethod
@@ -145,6 +235,141 @@ class WorkerService:
             '/tokenmesh.v1.WorkerService/Detach',
             tokenmesh_dot_v1_dot_worker__pb2.DetachRequest.SerializeToString,
             tokenmesh_dot_v1_dot_worker__pb2.DetachResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tokenmesh.v1.WorkerService/Drain',
+            tokenmesh_dot_v1_dot_worker__pb2.WorkerServiceDrainRequest.SerializeToString,
+            tokenmesh_dot_v1_dot_worker__pb2.WorkerServiceDrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetStats(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tokenmesh.v1.WorkerService/GetStats',
+            tokenmesh_dot_v1_dot_worker__pb2.GetStatsRequest.SerializeToString,
+            tokenmesh_dot_v1_dot_worker__pb2.GetStatsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResetCache(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tokenmesh.v1.WorkerService/ResetCache',
+            tokenmesh_dot_v1_dot_worker__pb2.ResetCacheRequest.SerializeToString,
+            tokenmesh_dot_v1_dot_worker__pb2.ResetCacheResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExpectKv(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tokenmesh.v1.WorkerService/ExpectKv',
+            tokenmesh_dot_v1_dot_worker__pb2.ExpectKvRequest.SerializeToString,
+            tokenmesh_dot_v1_dot_worker__pb2.ExpectKvResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SettleKv(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/tokenmesh.v1.WorkerService/SettleKv',
+            tokenmesh_dot_v1_dot_worker__pb2.SettleKvRequest.SerializeToString,
+            tokenmesh_dot_v1_dot_worker__pb2.SettleKvResponse.FromString,
             options,
             channel_credentials,
             insecure,

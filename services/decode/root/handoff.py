@@ -17,18 +17,17 @@ from dataclasses import dataclass, field
 import grpc
 import structlog
 
+from services.decode.root.group import Group
 from tokenmesh.config import DecodeConfig
 from tokenmesh.context import WorkContext, bind, outgoing_metadata
 from tokenmesh.engine.host import EngineHost
-from tokenmesh.kv.messages import DropKv, Expect, KvArrived, Settle, Settled, ToService, WantKv
+from tokenmesh.kv.messages import DropKv, KvArrived, RankDetached, Settled, StepTimes, ToService, WantKv
+from tokenmesh.parallel.ids import split_owner
 from tokenmesh.rpc.channel import open_channel
-from tokenmesh.rpc.errors import MeshError, Reason
+from tokenmesh.rpc.errors import MeshError, Reason, unavailable
 from tokenmesh.v1 import kv_pb2, prefill_pb2, prefill_pb2_grpc
 
 log = structlog.get_logger()
-
-SETTLE_TIMEOUT_S = 5.0
-"""A mover answers at once; one that does not is dead, and writes nothing any more."""
 
 CONNECT_TIMEOUT_S = 10.0
 
@@ -63,13 +62,13 @@ class Prompt:
 class HandOff:
     """All prompts of a decode root that are being prefilled elsewhere."""
 
-    def __init__(self, config: DecodeConfig, root_id: str) -> None:
+    def __init__(self, config: DecodeConfig, root_id: str, group: Group) -> None:
         self._config = config
         self._root_id = root_id
+        self._group = group
         self._engine: EngineHost | None = None
         self._prompts: dict[str, Prompt] = {}
         self._fetches: dict[str, asyncio.Task[None]] = {}
-        self._settling: dict[bytes, dict[int, asyncio.Future[Settled]]] = {}
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._down_since: dict[str, float] = {}
         self.connected: set[str] = set()
@@ -118,10 +117,9 @@ class HandOff:
                 if request_id in self._fetches:
                     self._fetches[request_id].cancel()
             case Settled():
-                waiting = self._settling.get(message.transfer_id, {})
-                future = waiting.get(message.shard)
-                if future is not None and not future.done():
-                    future.set_result(message)
+                self._group.settling.note(message)
+            case RankDetached() | StepTimes():
+                self._group.handle(message)
             case _:
                 log.warning("unexpected message", message=type(message).__name__)
 
@@ -170,48 +168,43 @@ class HandOff:
 
     async def _attempt(self, want: WantKv, prompt: Prompt, address: str, timeout: float) -> kv_pb2.KvReceipt:
         """One ticket, one call. Returns what arrived; raises MeshError, and in every case leaves the ticket closed."""
-        engine = self.engine
+        rank, blocks = split_owner(want.blocks)
+        owner = self._group.owner(rank)
+        if owner is None:
+            raise unavailable(Reason.KV_OWNER_UNREACHABLE, f"nothing can be written to rank {rank} now")
         transfer_id = secrets.token_bytes(16)
-        movers = [engine.movers[shard] for shard in range(engine.shards)]
         request = prefill_pb2.PrefillRequest(
             request_id=prompt.request_id,
             prompt_token_ids=prompt.token_ids,
             target=kv_pb2.KvTarget(
                 transfer_id=transfer_id,
-                shards=[kv_pb2.KvShard(host=m.host, port=m.port) for m in movers],
-                geometry=movers[0].geometry.to_proto(),
+                shards=owner.shards,
+                geometry=self.engine.movers[0].geometry.to_proto(),
                 start_token=want.start_token,
-                block_ids=want.blocks,
+                block_ids=blocks,
                 codec=kv_pb2.KV_CODEC_NONE,
             ),
             cache_salt=prompt.cache_salt,
             decode_root_id=self._root_id,
             priority=prompt.priority,
         )
-        for mover in movers:
-            engine.hub.send(f"mover-{mover.shard}", Expect(transfer_id, want.blocks))
         call: MeshError | None = None
         reply: prefill_pb2.PrefillResponse | None = None
         try:
+            await owner.expect(transfer_id, blocks)
             stub = prefill_pb2_grpc.PrefillServiceStub(self._channel(address))
             reply = await stub.Prefill(request, timeout=timeout, metadata=outgoing_metadata())
         except grpc.aio.AioRpcError as error:
             call = MeshError.from_rpc(error)
         finally:
             # Shielded: a cancelled request must not leave its ticket open.
-            settled = await asyncio.shield(self._settle(transfer_id))
+            outcome = await asyncio.shield(owner.settle(transfer_id))
         if call is not None:
             raise call
-        problem = next((s.error or "incomplete" for s in settled if not s.complete), "")
-        if problem:
-            raise MeshError(grpc.StatusCode.INTERNAL, Reason.KV_TRANSFER_FAILED, problem)
-        receipt = kv_pb2.KvReceipt(
-            bytes=sum(s.nbytes for s in settled),
-            block_layers=sum(s.block_layers for s in settled),
-            seconds=max(s.seconds for s in settled),
-            transport=settled[0].transport,
-            exposed_seconds=reply.receipt.exposed_seconds if reply is not None else 0.0,
-        )
+        if not outcome.complete:
+            raise MeshError(grpc.StatusCode.INTERNAL, Reason.KV_TRANSFER_FAILED, outcome.error)
+        receipt = outcome.receipt
+        receipt.exposed_seconds = reply.receipt.exposed_seconds if reply is not None else 0.0
         prompt.cached_tokens = max(want.start_token, reply.cached_tokens if reply is not None else 0)
         self.bytes += receipt.bytes
         self.transfers += 1
@@ -220,6 +213,7 @@ class HandOff:
         log.info(
             "kv arrived",
             prefill=address,
+            rank=rank,
             bytes=receipt.bytes,
             seconds=round(receipt.seconds, 4),
             exposed_s=round(receipt.exposed_seconds, 4),
@@ -227,42 +221,18 @@ class HandOff:
         )
         return receipt
 
-    async def _settle(self, transfer_id: bytes) -> list[Settled]:
-        """Closes the ticket on every shard and returns what each received."""
-        loop = asyncio.get_running_loop()
-        waiting = self._settling[transfer_id] = {s: loop.create_future() for s in range(self.engine.shards)}
-        try:
-            for shard in waiting:
-                self.engine.hub.send(f"mover-{shard}", Settle(transfer_id))
-            return await asyncio.wait_for(asyncio.gather(*waiting.values()), SETTLE_TIMEOUT_S)
-        except TimeoutError:
-            log.error("a mover does not answer")  # noqa: TRY400 - the traceback would say nothing more
-            return [Settled(transfer_id, 0, False, "a mover does not answer", 0, 0, 0.0, "", 0)]
-        finally:
-            del self._settling[transfer_id]
-
     async def keep_connected(self, address: str) -> None:
-        """Connects a prefill service to our shards, now and whenever it comes back. Runs until cancelled."""
-        engine = self.engine
-        request = prefill_pb2.ConnectOwnerRequest(
-            shards=[kv_pb2.KvShard(host=m.host, port=m.port) for _, m in sorted(engine.movers.items())],
-            geometry=engine.movers[0].geometry.to_proto(),
-            decode_root_id=self._root_id,
-        )
+        """Connects a prefill service to every owner, now and whenever one comes back. Runs until cancelled."""
         told = ""
         while True:
             try:
-                stub = prefill_pb2_grpc.PrefillServiceStub(self._channel(address))
-                reply = await stub.ConnectOwner(request, timeout=CONNECT_TIMEOUT_S)
+                goodput, transport = await self._connect(address)
                 if address not in self.connected:
                     log.info(
-                        "prefill connected",
-                        prefill=address,
-                        transport=reply.transport,
-                        gb_per_s=round(reply.goodput / 1e9, 2),
+                        "prefill connected", prefill=address, transport=transport, gb_per_s=round(goodput / 1e9, 2)
                     )
                 self.connected.add(address)
-                self.transport = self.transport or reply.transport
+                self.transport = self.transport or transport
                 told = ""
             except grpc.aio.AioRpcError as error:
                 self.connected.discard(address)
@@ -273,6 +243,19 @@ class HandOff:
                     )
                 told = failure.reason.value
             await asyncio.sleep(RETRY_AFTER_S if address in self.connected else RECONNECT_S)
+
+    async def _connect(self, address: str) -> tuple[float, str]:
+        """Connects a prefill service to every owner. Returns (slowest goodput, the root's transport)."""
+        stub = prefill_pb2_grpc.PrefillServiceStub(self._channel(address))
+        replies = []
+        for owner in self._group.owners():
+            request = prefill_pb2.ConnectOwnerRequest(
+                shards=owner.shards,
+                geometry=self.engine.movers[0].geometry.to_proto(),
+                decode_root_id=self._root_id,
+            )
+            replies.append(await stub.ConnectOwner(request, timeout=CONNECT_TIMEOUT_S))
+        return min(reply.goodput for reply in replies), replies[0].transport
 
     def _channel(self, address: str) -> grpc.aio.Channel:
         if address not in self._channels:

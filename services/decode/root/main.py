@@ -6,6 +6,7 @@ import asyncio
 
 import structlog
 
+from services.decode.root.group import Group
 from services.decode.root.handoff import HandOff
 from services.decode.root.service import DecodeServicer
 from tokenmesh.config import MeshConfig
@@ -28,7 +29,8 @@ async def serve(mesh: MeshConfig, replica: int, stop: asyncio.Event) -> None:
     server = RpcServer(config.host, config.port + replica)
     root_id = f"decode-root-{replica}@{server.address}"
     prefills = mesh.prefill_addresses() if config.prefills is None else config.prefills
-    handoff = HandOff(config, root_id)
+    group = Group(config, root_id, mesh.worker_addresses(replica))
+    handoff = HandOff(config, root_id, group)
     servicer = DecodeServicer(config, mesh.model_name, prefills, handoff)
     decode_pb2_grpc.add_DecodeServiceServicer_to_server(servicer, server.server)
     server.add(decode_pb2.DESCRIPTOR.services_by_name["DecodeService"].full_name)
@@ -52,12 +54,24 @@ async def serve(mesh: MeshConfig, replica: int, stop: asyncio.Event) -> None:
             kv_open=handoff.open,
             counters={**servicer.decisions, **handoff.failures},
             peers=[
-                admin_pb2.Peer(role=admin_pb2.ROLE_PREFILL, address=a, ready=a in handoff.connected) for a in prefills
+                *(
+                    admin_pb2.Peer(role=admin_pb2.ROLE_PREFILL, address=a, ready=a in handoff.connected)
+                    for a in prefills
+                ),
+                *(
+                    admin_pb2.Peer(role=admin_pb2.ROLE_DECODE_WORKER, address=rank.address, ready=rank.attached)
+                    for rank in group.ranks
+                ),
             ],
+            ranks=group.describe(),
+            group=group.stats.describe(counts.ranks) if counts and group.ranks else None,
         )
 
     async def reset() -> bool:
-        return bool(await servicer.engine.llm.reset_prefix_cache())
+        if not await servicer.engine.llm.reset_prefix_cache():
+            return False
+        await group.reset_caches()
+        return True
 
     AdminServicer(server, servicer.requests, describe, reset)
     await server.start()
@@ -65,6 +79,7 @@ async def serve(mesh: MeshConfig, replica: int, stop: asyncio.Event) -> None:
         model_path = await asyncio.to_thread(resolve_model, mesh.model)
         async with run_engine(mesh, config, model_path, replica, handoff.handle) as engine:
             handoff.attach(engine)
+            await group.start(engine)
             servicer.attach(engine)
             ready = True
             await server.ready()
@@ -76,5 +91,6 @@ async def serve(mesh: MeshConfig, replica: int, stop: asyncio.Event) -> None:
             for keeper in keepers:
                 keeper.cancel()
             await handoff.close()
+            await group.close()
     finally:
         await server.stop(grace=0)

@@ -1,0 +1,104 @@
+"""Where a prompt's KV may land: the root's own blocks, or those of one of its ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import grpc
+
+from tokenmesh.context import outgoing_metadata
+from tokenmesh.engine.host import EngineHost
+from tokenmesh.kv.messages import Expect, Relay
+from tokenmesh.kv.settling import SETTLE_TIMEOUT_S, Outcome, Settling
+from tokenmesh.rpc.errors import MeshError
+from tokenmesh.v1 import kv_pb2, worker_pb2, worker_pb2_grpc
+
+
+class KvOwner(Protocol):
+    """One owner of blocks, as the hand-off uses it."""
+
+    @property
+    def shards(self) -> Sequence[kv_pb2.KvShard]:
+        """Where prefill services write, per tensor-parallel shard."""
+
+    async def expect(self, transfer_id: bytes, blocks: list[int]) -> None:
+        """Opens a ticket for local block ids. Raises MeshError."""
+
+    async def settle(self, transfer_id: bytes) -> Outcome:
+        """Closes it and says what came. Never raises: an owner that does not answer has received nothing."""
+
+
+class RootOwner:
+    """The root's own movers."""
+
+    def __init__(self, engine: EngineHost, settling: Settling) -> None:
+        self._engine = engine
+        self._settling = settling
+
+    @property
+    def shards(self) -> Sequence[kv_pb2.KvShard]:
+        """See `KvOwner`."""
+        return [kv_pb2.KvShard(host=m.host, port=m.port) for _, m in sorted(self._engine.movers.items())]
+
+    async def expect(self, transfer_id: bytes, blocks: list[int]) -> None:
+        """See `KvOwner`."""
+        for shard in range(self._engine.shards):
+            self._engine.hub.send(f"mover-{shard}", Expect(transfer_id, blocks))
+
+    async def settle(self, transfer_id: bytes) -> Outcome:
+        """See `KvOwner`."""
+        return await self._settling.settle(self._engine.hub, range(self._engine.shards), transfer_id)
+
+
+class WorkerOwner:
+    """A decode worker's movers."""
+
+    def __init__(self, stub: worker_pb2_grpc.WorkerServiceStub, root_id: str, shards: Sequence[kv_pb2.KvShard]) -> None:
+        self._stub = stub
+        self._root_id = root_id
+        self.shards = shards
+        """See `KvOwner`."""
+
+    async def expect(self, transfer_id: bytes, blocks: list[int]) -> None:
+        """See `KvOwner`."""
+        request = worker_pb2.ExpectKvRequest(decode_root_id=self._root_id, transfer_id=transfer_id, block_ids=blocks)
+        try:
+            await self._stub.ExpectKv(request, timeout=SETTLE_TIMEOUT_S, metadata=outgoing_metadata())
+        except grpc.aio.AioRpcError as error:
+            raise MeshError.from_rpc(error) from error
+
+    async def settle(self, transfer_id: bytes) -> Outcome:
+        """See `KvOwner`."""
+        request = worker_pb2.SettleKvRequest(decode_root_id=self._root_id, transfer_id=transfer_id)
+        try:
+            reply = await self._stub.SettleKv(request, timeout=SETTLE_TIMEOUT_S + 1, metadata=outgoing_metadata())
+        except grpc.aio.AioRpcError as error:
+            return Outcome(False, f"the rank does not answer: {MeshError.from_rpc(error).message}", kv_pb2.KvReceipt())
+        return Outcome(reply.complete, reply.error, reply.receipt)
+
+
+class RelayedOwner:
+    """A decode worker that only the root can reach: its movers pass on what is written to them."""
+
+    def __init__(self, engine: EngineHost, settling: Settling, worker: WorkerOwner) -> None:
+        self._root = RootOwner(engine, settling)
+        self._engine = engine
+        self._worker = worker
+
+    @property
+    def shards(self) -> Sequence[kv_pb2.KvShard]:
+        """See `KvOwner`."""
+        return self._root.shards
+
+    async def expect(self, transfer_id: bytes, blocks: list[int]) -> None:
+        """See `KvOwner`."""
+        await self._worker.expect(transfer_id, blocks)
+        for number, shard in enumerate(self._worker.shards):
+            self._engine.hub.send(f"mover-{number}", Relay(transfer_id, shard.host, shard.port))
+
+    async def settle(self, transfer_id: bytes) -> Outcome:
+        """See `KvOwner`. The worker is the witness; the relay is closed with it."""
+        outcome = await self._worker.settle(transfer_id)
+        await self._root.settle(transfer_id)
+        return outcome

@@ -1,0 +1,62 @@
+"""Closing tickets: asks every mover what arrived under one, and adds up the answers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import structlog
+
+from tokenmesh.kv.hub import LinkHub
+from tokenmesh.kv.messages import Settle, Settled
+from tokenmesh.v1 import kv_pb2
+
+log = structlog.get_logger()
+
+SETTLE_TIMEOUT_S = 5.0
+"""A mover answers at once; one that does not is dead, and writes nothing any more."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came under a ticket, over all shards."""
+
+    complete: bool
+    error: str
+    receipt: kv_pb2.KvReceipt
+
+
+class Settling:
+    """Tickets whose movers have been asked."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[bytes, dict[int, asyncio.Future[Settled]]] = {}
+
+    def note(self, message: Settled) -> None:
+        """Takes a mover's answer."""
+        future = self._waiting.get(message.transfer_id, {}).get(message.shard)
+        if future is not None and not future.done():
+            future.set_result(message)
+
+    async def settle(self, hub: LinkHub, shards: Sequence[int], transfer_id: bytes) -> Outcome:
+        """Closes a ticket on every shard. When it returns, nothing can be written under it any more."""
+        loop = asyncio.get_running_loop()
+        waiting = self._waiting[transfer_id] = {shard: loop.create_future() for shard in shards}
+        try:
+            for shard in shards:
+                hub.send(f"mover-{shard}", Settle(transfer_id))
+            settled = await asyncio.wait_for(asyncio.gather(*waiting.values()), SETTLE_TIMEOUT_S)
+        except TimeoutError:
+            log.error("a mover does not answer")  # noqa: TRY400 - the traceback would say nothing more
+            return Outcome(False, "a mover does not answer", kv_pb2.KvReceipt())
+        finally:
+            del self._waiting[transfer_id]
+        problem = next((s.error or "incomplete" for s in settled if not s.complete), "")
+        receipt = kv_pb2.KvReceipt(
+            bytes=sum(s.nbytes for s in settled),
+            block_layers=sum(s.block_layers for s in settled),
+            seconds=max(s.seconds for s in settled),
+            transport=settled[0].transport,
+        )
+        return Outcome(not problem, problem, receipt)

@@ -1,0 +1,22 @@
+"""How many blocks of a group's KV cache each rank holds."""
+
+from __future__ import annotations
+
+
+def split_blocks(total: int, ranks: int, root_share: float = 1.0) -> list[int]:
+    """Blocks per rank, rank 0 first, adding up to `total`.
+
+    `root_share` is the root's part relative to a worker's: 1 splits evenly, less leaves the root's memory to its
+    weights. What does not divide goes to the first ranks, one block each.
+
+    Raises ValueError if a rank would get nothing.
+    """
+    if ranks < 1 or not 0 < root_share <= 1:
+        raise ValueError(f"cannot split over {ranks} ranks with a root share of {root_share:g}")
+    root = int(total * root_share / (root_share + ranks - 1)) if root_share < 1 else 0
+    rest, first = (total - root, 1) if root else (total, 0)
+    each, remainder = divmod(rest, ranks - first) if ranks > first else (0, 0)
+    blocks = [root] * first + [each + (i < remainder) for i in range(ranks - first)]
+    if not all(blocks):
+        raise ValueError(f"{total} blocks are too few for {ranks} ranks")
+    return blocks
