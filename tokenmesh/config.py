@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 EMBEDDED_MODEL = "smollm2-135m-instruct"
 """Name of the model that installs with the package and needs no hub."""
@@ -22,6 +22,10 @@ Port = Annotated[int, Field(ge=0, le=65535)]
 
 class ConfigError(Exception):
     """The configuration is unusable; the message is one line fit for an operator."""
+
+    def __init__(self, message: str) -> None:
+        # Names and values of the file's own may have line breaks in them.
+        super().__init__(" ".join(message.splitlines()))
 
 
 class _Section(BaseModel):
@@ -294,20 +298,7 @@ def load_config(path: Path | None) -> MeshConfig:
         ConfigError: the file is missing, is no YAML mapping, or has a key or value that does not fit. The message
             names the key.
     """
-    data: dict[str, Any] = {}
-    if path is not None:
-        try:
-            text = path.read_text()
-        except OSError as error:
-            raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-        try:
-            data = yaml.safe_load(text) or {}
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            where = f" at line {mark.line + 1}" if mark else ""
-            raise ConfigError(f"{path} is no YAML{where}: {getattr(error, 'problem', error)}") from error
-        if not isinstance(data, dict):
-            raise ConfigError(f"{path} must hold a mapping of sections, not a {type(data).__name__}")
+    data = {} if path is None else _read(path)
     try:
         return MeshConfig(**data)
     except ValidationError as error:
@@ -315,3 +306,26 @@ def load_config(path: Path | None) -> MeshConfig:
             f"{'.'.join(str(part) for part in e['loc']) or 'mesh'}: {e['msg']}" for e in error.errors()[:5]
         )
         raise ConfigError(f"{path or 'environment'}: {problems}") from error
+    except SettingsError as error:
+        raise ConfigError(f"environment: {error}; sections and lists are given as JSON") from error
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The mapping that a file holds; nothing is an empty one. Raises ConfigError."""
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path} is no YAML{where}: {getattr(error, 'problem', error)}") from error
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} must hold a mapping of sections, not a {type(data).__name__}")
+    for key in data:
+        # pydantic-settings takes names with an underscore for arguments of its own.
+        if not isinstance(key, str) or key.startswith("_"):
+            raise ConfigError(f"{path}: {key}: no such section or key")
+    return data

@@ -18,7 +18,17 @@ REQUEST_ID = "x-request-id"
 TRACEPARENT = "traceparent"
 TRACESTATE = "tracestate"
 
-_TRACEPARENT = re.compile(r"^[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}$")
+MAX_ID_CHARS = 256
+"""All headers of a call share 8 KiB."""
+
+_TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+_VALUE = re.compile(r"[!-~](?:[ -~]*[!-~])?")
+"""What gRPC and HTTP both carry unchanged: printable ASCII, no space at either end."""
+
+
+def valid_request_id(value: str) -> bool:
+    """Whether every hop can carry an id."""
+    return len(value) <= MAX_ID_CHARS and _VALUE.fullmatch(value) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +53,14 @@ class WorkContext:
     def from_headers(cls, headers: Mapping[str, str], request_id: str = "") -> WorkContext:
         """From lower-case header names; what is absent or malformed is made anew, as W3C asks."""
         parent = headers.get(TRACEPARENT, "")
-        valid = _TRACEPARENT.match(parent) is not None
+        valid = _TRACEPARENT.fullmatch(parent) is not None
+        state = headers.get(TRACESTATE, "") if valid else ""
+        ids = (request_id, headers.get(REQUEST_ID, ""))
         return cls(
-            request_id=request_id or headers.get(REQUEST_ID, "") or secrets.token_hex(16),
+            request_id=next(filter(valid_request_id, ids), None) or secrets.token_hex(16),
             traceparent=parent if valid else f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-01",
-            tracestate=headers.get(TRACESTATE, "") if valid else "",
+            # W3C lets a trace state of more than 512 characters be dropped.
+            tracestate=state if len(state) <= 512 and _VALUE.fullmatch(state) else "",
         )
 
 

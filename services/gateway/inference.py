@@ -16,7 +16,8 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from services.gateway.engine_client import MeshEngineClient
 from tokenmesh.config import GatewayConfig
-from tokenmesh.engine.sampling import logprobs_to_proto, to_vllm
+from tokenmesh.context import valid_request_id
+from tokenmesh.engine.sampling import bad_params, logprobs_to_proto, to_vllm
 from tokenmesh.prompts import check_prompt
 from tokenmesh.rpc.errors import MeshError, Reason, invalid, unavailable
 from tokenmesh.rpc.server import Context
@@ -89,7 +90,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             output_kind=RequestOutputKind.DELTA,
             flat_logprobs=True,
         )
-        request_id = request.request_id or f"grpc-{secrets.token_hex(12)}"
+        # An id that no header could carry is replaced, as over REST; every response names the one in use.
+        given = request.request_id
+        request_id = given if valid_request_id(given) else f"grpc-{secrets.token_hex(12)}"
         counts: dict[int, int] = {}
         try:
             client.check_admission()
@@ -100,8 +103,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                         counts[completion.index] = counts.get(completion.index, 0) + len(completion.token_ids)
                         yield _response(request_id, output, completion, counts[completion.index])
         except VLLMClientError as error:
-            param = getattr(error, "parameter", None) or "sampling_params"
-            raise invalid(Reason.BAD_SAMPLING_PARAMS, str(error), param=str(param)) from error
+            raise bad_params(error) from error
         except GracefulHTTPError as error:
             code = grpc.StatusCode.RESOURCE_EXHAUSTED if error.http_status == 429 else grpc.StatusCode.UNAVAILABLE
             reason = Reason.QUEUE_FULL if error.http_status == 429 else Reason.NO_DECODE_ROOT

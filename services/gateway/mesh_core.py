@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import grpc
@@ -32,7 +33,7 @@ from tokenmesh.config import GatewayConfig
 from tokenmesh.context import outgoing_metadata
 from tokenmesh.engine.sampling import from_vllm
 from tokenmesh.lifecycle import LiveRequest, RequestState, RequestTable
-from tokenmesh.rpc.errors import MeshError, Reason
+from tokenmesh.rpc.errors import MeshError, Reason, invalid
 from tokenmesh.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc, sampling_pb2
 
 log = structlog.get_logger()
@@ -158,16 +159,17 @@ class MeshCore:
     async def _decode(self, request: EngineCoreRequest, route: Route) -> AsyncIterator[EngineCoreOutput]:
         params = request.sampling_params
         assert params is not None
-        message = decode_pb2.GenerateRequest(
-            request_id=request.request_id,
-            prompt_token_ids=request.prompt_token_ids,
-            sampling_params=from_vllm(params),
-            prefill_candidates=[decode_pb2.PrefillCandidate(address=address) for address in route.candidates],
-            cache_salt=request.cache_salt or "",
-            priority=request.priority,
-            arrival_time=_timestamp(request.arrival_time),
-            local_reason=route.local_reason,
-        )
+        with _passing_on():
+            message = decode_pb2.GenerateRequest(
+                request_id=request.request_id,
+                prompt_token_ids=request.prompt_token_ids,
+                sampling_params=from_vllm(params),
+                prefill_candidates=[decode_pb2.PrefillCandidate(address=address) for address in route.candidates],
+                cache_salt=request.cache_salt or "",
+                priority=request.priority,
+                arrival_time=_timestamp(request.arrival_time),
+                local_reason=route.local_reason,
+            )
         stub = decode_pb2_grpc.DecodeServiceStub(route.entry.channel)
         call = stub.Generate(message, timeout=self._config.request_timeout_s, metadata=outgoing_metadata())
         try:
@@ -178,18 +180,16 @@ class MeshCore:
 
     async def _prefill_only(self, request: EngineCoreRequest, route: Route) -> AsyncIterator[EngineCoreOutput]:
         """Mode `prefill`: the prompt enters a prefill service's cache; its first token is the whole answer."""
-        stub = prefill_pb2_grpc.PrefillServiceStub(route.entry.channel)
-        reply = await stub.Prefill(
-            prefill_pb2.PrefillRequest(
+        with _passing_on():
+            message = prefill_pb2.PrefillRequest(
                 request_id=request.request_id,
                 prompt_token_ids=request.prompt_token_ids,
                 cache_salt=request.cache_salt or "",
                 decode_root_id="gateway",
                 priority=request.priority,
-            ),
-            timeout=self._config.request_timeout_s,
-            metadata=outgoing_metadata(),
-        )
+            )
+        stub = prefill_pb2_grpc.PrefillServiceStub(route.entry.channel)
+        reply = await stub.Prefill(message, timeout=self._config.request_timeout_s, metadata=outgoing_metadata())
         usage = sampling_pb2.Usage(prompt_tokens=len(request.prompt_token_ids or ()), cached_tokens=reply.cached_tokens)
         yield EngineCoreOutput(
             request_id=request.request_id,
@@ -197,6 +197,15 @@ class MeshCore:
             finish_reason=FinishReason.LENGTH,
             prefill_stats=_prefill_stats(usage),
         )
+
+
+@contextmanager
+def _passing_on() -> Iterator[None]:
+    """JSON can hold what a message cannot, such as a priority of any size: that is the client's fault."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise invalid(Reason.BAD_REQUEST, f"the request cannot be passed on: {error}") from error
 
 
 def _timestamp(seconds: float) -> Timestamp:
@@ -227,7 +236,8 @@ def _output(request_id: str, response: decode_pb2.GenerateResponse) -> EngineCor
 
 def _logprobs(message: sampling_pb2.Logprobs) -> LogprobsLists:
     """Rows of equal width, shape [positions, width]: ids int64, log-probabilities float32; ranks [positions]."""
-    width = message.width[0]
+    # The last message of an aborted sequence has no positions.
+    width = max(message.width, default=1)
     ids = np.array(message.token_ids, dtype=np.int64).reshape(-1, width)
     values = np.array(message.logprobs, dtype=np.float32).reshape(-1, width)
     ranks = np.array(message.ranks, dtype=np.int64).reshape(-1, width)[:, 0]
@@ -236,7 +246,7 @@ def _logprobs(message: sampling_pb2.Logprobs) -> LogprobsLists:
 
 def _prompt_logprobs(message: sampling_pb2.Logprobs) -> LogprobsTensors:
     """As for samples, in tensors; the first prompt token has no row."""
-    width = max(message.width, default=1)
+    width = max(message.width, default=0) or 1
     return LogprobsTensors(
         torch.tensor(list(message.token_ids), dtype=torch.int64).reshape(-1, width),
         torch.tensor(list(message.logprobs), dtype=torch.float32).reshape(-1, width),

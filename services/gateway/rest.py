@@ -8,6 +8,7 @@ from http import HTTPStatus
 from typing import Any
 
 import structlog
+from fastapi import FastAPI
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -56,10 +57,18 @@ async def build(mesh: MeshConfig, model_path: str, client: MeshEngineClient) -> 
     """The application, ready to be served."""
     args = server_args(mesh, model_path)
     app = build_app(args, ("generate",), client.model_config)
-    # vLLM's handler takes FastAPI's subclass alone; unknown paths, methods and unreadable bodies raise the base class.
-    app.add_exception_handler(HTTPException, _http_error)
+    answer_http_errors(app)
     await init_app_state(client, app.state, args, ("generate",))
     return Guard(app, mesh.gateway)
+
+
+def answer_http_errors(app: FastAPI) -> None:
+    """Gives vLLM's application OpenAI's shape for the errors that it leaves to the framework."""
+    # vLLM's handler takes FastAPI's subclass alone; unknown paths, methods and unreadable bodies raise the base class.
+    app.add_exception_handler(HTTPException, _http_error)
+    # The last step of build_app has assembled the layers already, with a copy of the handlers as they were; without
+    # them the first request assembles them anew.
+    app.middleware_stack = None
 
 
 class Guard:

@@ -30,6 +30,10 @@ from tokenmesh.v1 import kv_pb2, prefill_pb2, prefill_pb2_grpc
 
 log = structlog.get_logger()
 
+REMEMBERED_TRANSFERS = 1 << 14
+"""Engine and mover let go of a transfer some steps after its call has ended, and know it by its id alone. So an id
+that was used is refused until many times as many as can be live have followed it."""
+
 
 @dataclass
 class _Send:
@@ -65,6 +69,8 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         self._config = config
         self.requests = RequestTable(config.max_queue, config.credits_per_root)
         self._sends: dict[bytes, _Send] = {}
+        self._used: dict[bytes, None] = {}
+        """Transfer ids of the past, oldest first."""
         self._connecting: defaultdict[tuple[str, int], list[asyncio.Future[Connected]]] = defaultdict(list)
         self._engine: EngineHost | None = None
         self.kv_bytes = 0
@@ -190,8 +196,8 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             problem = f"{len(target.block_ids)} blocks given, {mine.blocks_for(missing)} needed"
         elif target.codec != kv_pb2.KV_CODEC_NONE:
             problem = "codec must be KV_CODEC_NONE"
-        elif target.transfer_id in self._sends:
-            problem = "transfer_id is in use"
+        elif target.transfer_id in self._sends or target.transfer_id in self._used:
+            problem = "transfer_id was used before"
         if problem:
             raise invalid(Reason.BAD_TARGET, problem, param="target")
         shards = [(shard.host, shard.port) for shard in target.shards]
@@ -203,6 +209,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         send: _Send | None = None
         if target is not None:
             send = self._sends[target.transfer_id] = _Send(self._config.tensor_parallel_size)
+            self._remember(target.transfer_id)
         compute = asyncio.create_task(self._generate(request, target, live))
         try:
             if send is not None:
@@ -232,6 +239,11 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             compute_seconds=stats.first_token_ts - stats.scheduled_ts if stats else 0.0,
             receipt=send.receipt() if send is not None else None,
         )
+
+    def _remember(self, transfer_id: bytes) -> None:
+        self._used[transfer_id] = None
+        if len(self._used) > REMEMBERED_TRANSFERS:
+            del self._used[next(iter(self._used))]
 
     async def _generate(
         self, request: prefill_pb2.PrefillRequest, target: SendTo | None, live: LiveRequest

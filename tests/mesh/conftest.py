@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import grpc
+import httpx
+import openai
 import pytest
+
+from tests.conftest import RunningMesh
+from tests.refusals import inference
+from tokenmesh.v1 import inference_pb2, inference_pb2_grpc
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -11,3 +20,36 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if "tests/mesh" in str(item.path):
             item.add_marker(pytest.mark.mesh)
             item.add_marker(pytest.mark.usefixtures("idle_after"))
+
+
+@pytest.fixture
+def client(mesh: RunningMesh) -> Iterator[openai.OpenAI]:
+    """An SDK client that never repeats a request."""
+    with openai.OpenAI(base_url=f"{mesh.rest_url}/v1", api_key="none", max_retries=0, timeout=60) as sdk:
+        yield sdk
+
+
+@pytest.fixture
+def http(mesh: RunningMesh) -> Iterator[httpx.Client]:
+    """What the SDK does not reach: headers and vLLM's own paths."""
+    with httpx.Client(base_url=mesh.rest_url, timeout=30) as plain:
+        yield plain
+
+
+@pytest.fixture
+def model(mesh: RunningMesh) -> str:
+    """The served model's name."""
+    return mesh.config.model_name
+
+
+@pytest.fixture(scope="module")
+def serves_on(mesh: RunningMesh) -> Iterator[None]:
+    """After all refusals a good request is answered as before, over both front ends."""
+    yield
+    body = {"model": mesh.config.model_name, "prompt": "The sky is", "max_tokens": 2, "temperature": 0}
+    rest = httpx.post(f"{mesh.rest_url}/v1/completions", json=body, timeout=30)
+    assert rest.status_code == 200, rest.text
+    with grpc.insecure_channel(mesh.grpc_address) as channel:
+        whole = inference_pb2.InferenceServiceGenerateRequest(request=inference())
+        reply = inference_pb2_grpc.InferenceServiceStub(channel).Generate(whole, timeout=30)
+    assert reply.choices[0].text == rest.json()["choices"][0]["text"]

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import secrets
-from collections.abc import Iterator
 from typing import Any
 
-import httpx
 import jsonschema  # type: ignore[import-untyped]
 import openai
 import pytest
@@ -44,26 +41,6 @@ WEATHER: Any = {
         },
     },
 }
-
-
-@pytest.fixture
-def client(mesh: RunningMesh) -> Iterator[openai.OpenAI]:
-    """An SDK client that never repeats a request."""
-    with openai.OpenAI(base_url=f"{mesh.rest_url}/v1", api_key="none", max_retries=0, timeout=60) as sdk:
-        yield sdk
-
-
-@pytest.fixture
-def http(mesh: RunningMesh) -> Iterator[httpx.Client]:
-    """What the SDK does not reach: headers and vLLM's own paths."""
-    with httpx.Client(base_url=mesh.rest_url, timeout=30) as plain:
-        yield plain
-
-
-@pytest.fixture
-def model(mesh: RunningMesh) -> str:
-    """The served model's name."""
-    return mesh.config.model_name
 
 
 def test_chat(client: openai.OpenAI, model: str) -> None:
@@ -212,6 +189,19 @@ def test_echo_with_logprobs_scores_the_prompt(client: openai.OpenAI, model: str)
     # (3) Offsets point at the tokens in the text.
     for token, offset in zip(choice.logprobs.tokens, choice.logprobs.text_offset or (), strict=True):
         assert choice.text[offset : offset + len(token)] == token
+
+
+def test_echo_of_one_token_has_no_probability(client: openai.OpenAI, model: str) -> None:
+    # (1) Nothing stands before the only token of the prompt, so nothing predicts it.
+    answer = client.completions.create(model=model, prompt=[2050], max_tokens=1, temperature=0, logprobs=1, echo=True)
+    logprobs = answer.choices[0].logprobs
+    assert logprobs is not None
+    first, second = logprobs.token_logprobs or ()
+
+    # (2) The generated one has its own.
+    assert first is None
+    assert second is not None
+    assert second <= 0
 
 
 def test_two_choices(client: openai.OpenAI, model: str) -> None:
@@ -380,81 +370,3 @@ def test_models(client: openai.OpenAI, mesh: RunningMesh, model: str) -> None:
     (listed,) = client.models.list().data
     assert listed.id == model
     assert (listed.model_extra or {})["max_model_len"] == mesh.config.max_model_len
-
-
-def test_tokenize_round_trip(http: httpx.Client, model: str) -> None:
-    # (1) Text to tokens.
-    text = "Grüße, 世界! The sky is blue."
-    tokens = http.post("/tokenize", json={"model": model, "prompt": text}).raise_for_status().json()
-    assert tokens["count"] == len(tokens["tokens"]) > 0
-
-    # (2) And back.
-    body = {"model": model, "tokens": tokens["tokens"]}
-    assert http.post("/detokenize", json=body).raise_for_status().json()["prompt"] == text
-
-
-def test_health_and_version(http: httpx.Client) -> None:
-    assert http.get("/health").status_code == 200
-    assert re.match(r"\d+\.\d+", http.get("/version").raise_for_status().json()["version"])
-
-
-def test_metrics_count_requests_and_tokens(http: httpx.Client, client: openai.OpenAI, model: str) -> None:
-    # (1) Prometheus text.
-    def values(name: str) -> float:
-        response = http.get("/metrics").raise_for_status()
-        assert response.headers["content-type"].startswith("text/plain")
-        lines = re.findall(rf"^{name}{{[^}}]*}} (\S+)$", response.text, re.MULTILINE)
-        assert lines, name
-        return sum(float(value) for value in lines)
-
-    names = ("vllm:request_success_total", "vllm:generation_tokens_total", "vllm:prompt_tokens_total")
-    before = {name: values(name) for name in names}
-
-    # (2) It counts a request of 3 + 4 tokens.
-    client.completions.create(
-        model=model, prompt="The sky is", max_tokens=4, temperature=0, extra_body={"ignore_eos": True}
-    )
-    grown = {name: values(name) - before[name] for name in names}
-    assert grown["vllm:request_success_total"] >= 1
-    assert grown["vllm:generation_tokens_total"] >= 4
-    assert grown["vllm:prompt_tokens_total"] >= 3
-
-
-def test_request_id(http: httpx.Client, model: str) -> None:
-    body = {"model": model, "prompt": "The sky is", "max_tokens": 1}
-
-    # (1) The client's id comes back, and vLLM names its answer after it.
-    mine = f"mine-{secrets.token_hex(4)}"
-    response = http.post("/v1/completions", json=body, headers={"X-Request-Id": mine}).raise_for_status()
-    assert response.headers["x-request-id"] == mine
-    assert response.json()["id"] == f"cmpl-{mine}"
-
-    # (2) Without one each request gets its own, also one that is refused.
-    made = [http.post("/v1/completions", json=body).headers["x-request-id"] for _ in range(2)]
-    made.append(http.post("/v1/completions", json={}).headers["x-request-id"])
-    assert all(made)
-    assert len(set(made)) == 3
-
-
-def test_trace_context(http: httpx.Client) -> None:
-    # (1) The client's trace goes on.
-    trace = secrets.token_hex(16)
-    sent = f"00-{trace}-{secrets.token_hex(8)}-01"
-    got = http.get("/v1/models", headers={"traceparent": sent}).headers["traceparent"]
-    assert got.split("-")[1] == trace
-
-    # (2) A malformed or missing one is replaced.
-    for headers in ({"traceparent": f"00-{'0' * 32}-{'1' * 16}-01"}, {"traceparent": "x"}, {}):
-        fresh = http.get("/v1/models", headers=headers).headers["traceparent"]
-        assert re.fullmatch(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}", fresh), fresh
-
-
-def test_response_bodies_are_not_held_back(http: httpx.Client) -> None:
-    # Headers and body are two writes. With Nagle's algorithm on, the second waits for the client's delayed
-    # acknowledgement: 40 ms on every answer.
-    # (1) A connection acknowledges at once while it is new, so it is used for a while first.
-    for _ in range(20):
-        http.get("/v1/models")
-    times = sorted(http.get("/v1/models").elapsed.total_seconds() for _ in range(9))
-    # (2) The median is what counts: a busy machine may hold up some of them.
-    assert times[4] < 0.03, times

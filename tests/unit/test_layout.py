@@ -18,6 +18,8 @@ PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["
 MAX_LINES = 420
 HOMES = ("root", "work", "home")
 """Roots under which a developer's files lie; nothing in the repository may depend on one."""
+NOBODYS_HOME = f"/{HOMES[-1]}/someone"
+"""A made-up person's home, which may stand in a test."""
 
 
 def repository() -> list[Path]:
@@ -54,8 +56,7 @@ def _bare(statement: ast.stmt) -> bool:
 def absolute_homes(text: str) -> list[str]:
     """Absolute paths under a home, though not the tails of longer paths or of URLs."""
     found = re.findall(rf"(?<![\w./}}-])/(?:{'|'.join(HOMES)})/[\w.-]*", text)
-    # A made-up person's home may stand in a test.
-    return [path for path in found if path != "/home/" + "someone"]
+    return [path for path in found if path != NOBODYS_HOME]
 
 
 def entry_points() -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import sys
 from collections import Counter
@@ -141,11 +142,9 @@ class Demo:
     async def _wait_for_rest(self, client: httpx.AsyncClient) -> None:
         """REST may come a moment after gRPC, whose health was waited for."""
         for _ in range(int(REST_WAIT_S / 0.2)):
-            try:
+            with contextlib.suppress(httpx.ConnectError):
                 if (await client.get("/health")).status_code == httpx.codes.OK:
                     return
-            except httpx.ConnectError:
-                pass
             await asyncio.sleep(0.2)
         raise DemoError(f"{client.base_url}health is not OK after {REST_WAIT_S:g} s")
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from vllm.exceptions import VLLMClientError
 from vllm.logprobs import FlatLogprobs
 from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
-from tokenmesh.rpc.errors import Reason, invalid
+from tokenmesh.rpc.errors import MeshError, Reason, invalid
 from tokenmesh.v1 import sampling_pb2
 
 _OPTIONAL = (
@@ -31,6 +33,17 @@ _OPTIONAL = (
 _FLAGS = ("ignore_eos", "include_stop_str_in_output")
 _LISTS = ("stop_token_ids", "stop", "allowed_token_ids", "bad_words")
 _CONSTRAINTS = {"json": "json_schema", "regex": "regex", "grammar": "grammar", "structural_tag": "structural_tag"}
+_TEXT_ONLY = ("stop", "include_stop_str_in_output", "skip_special_tokens", "spaces_between_special_tokens")
+_CARRIED = tuple(field for field in (*_OPTIONAL, *_FLAGS, *_LISTS, "logit_bias") if field not in _TEXT_ONLY)
+"""What a decode root must know."""
+
+
+def bad_params(error: Exception) -> MeshError:
+    """vLLM's refusal of parameters as ours: its explanation, and the parameter if it names one."""
+    param = getattr(error, "parameter", None)
+    # Errors that have a parameter put it, and its value, behind the explanation when they are printed.
+    message = error.args[0] if param is not None and error.args else error
+    return invalid(Reason.BAD_SAMPLING_PARAMS, str(message), param=str(param or "sampling_params"))
 
 
 def to_vllm(message: sampling_pb2.SamplingParams, **extra: Any) -> SamplingParams:
@@ -50,8 +63,7 @@ def to_vllm(message: sampling_pb2.SamplingParams, **extra: Any) -> SamplingParam
             values["structured_outputs"] = _structured_to_vllm(message.structured_outputs)
         return SamplingParams(**values)
     except (VLLMClientError, ValueError, TypeError) as error:
-        param = getattr(error, "parameter", None) or "sampling_params"
-        raise invalid(Reason.BAD_SAMPLING_PARAMS, str(error), param=str(param)) from error
+        raise bad_params(error) from error
 
 
 def _structured_to_vllm(message: sampling_pb2.StructuredOutputs) -> StructuredOutputsParams:
@@ -67,6 +79,8 @@ def _structured_to_vllm(message: sampling_pb2.StructuredOutputs) -> StructuredOu
     if kind == "choice":
         values["choice"] = list(message.choice.options)
     elif kind == "json_object":
+        if not message.json_object:
+            raise ValueError("json_object must be true")
         values["json_object"] = True
     else:
         values[next(k for k, v in _CONSTRAINTS.items() if v == kind)] = getattr(message, kind)
@@ -74,42 +88,45 @@ def _structured_to_vllm(message: sampling_pb2.StructuredOutputs) -> StructuredOu
 
 
 def from_vllm(params: SamplingParams) -> sampling_pb2.SamplingParams:
-    """What a decode root must know of a request; stop strings and text options stay in the gateway."""
-    message = sampling_pb2.SamplingParams(
-        temperature=params.temperature,
-        top_p=params.top_p,
-        top_k=params.top_k,
-        min_p=params.min_p,
-        presence_penalty=params.presence_penalty,
-        frequency_penalty=params.frequency_penalty,
-        repetition_penalty=params.repetition_penalty,
-        min_tokens=params.min_tokens,
-        ignore_eos=params.ignore_eos,
-        stop_token_ids=params.stop_token_ids or (),
-        allowed_token_ids=params.allowed_token_ids or (),
-        bad_words=params.bad_words or (),
-        logit_bias=params.logit_bias or {},
-    )
-    for field in ("seed", "max_tokens", "logprobs", "prompt_logprobs"):
-        if getattr(params, field) is not None:
-            setattr(message, field, getattr(params, field))
-    constraint = params.structured_outputs
-    if constraint is not None:
-        out = message.structured_outputs
-        out.disable_any_whitespace = constraint.disable_any_whitespace
-        out.disable_additional_properties = constraint.disable_additional_properties
-        if constraint.whitespace_pattern is not None:
-            out.whitespace_pattern = constraint.whitespace_pattern
-        if constraint.choice is not None:
-            out.choice.options.extend(constraint.choice)
-        elif constraint.json_object:
-            out.json_object = True
-        else:
-            for ours, theirs in _CONSTRAINTS.items():
-                value = getattr(constraint, ours)
-                if value is not None:
-                    setattr(out, theirs, json.dumps(value) if isinstance(value, dict) else value)
+    """What a decode root must know of a request; stop strings and text options stay in the gateway.
+
+    Raises:
+        MeshError: INVALID_ARGUMENT (BAD_SAMPLING_PARAMS) for a value that vLLM's server takes and the message cannot
+            hold, such as a negative token id.
+    """
+    message = sampling_pb2.SamplingParams()
+    # One by one, as protobuf does not say which field it refuses.
+    for field in _CARRIED:
+        with _fitting(field):
+            message.MergeFrom(sampling_pb2.SamplingParams(**{field: getattr(params, field)}))
+    if params.structured_outputs is not None:
+        with _fitting("structured_outputs"):
+            _structured_from_vllm(params.structured_outputs, message.structured_outputs)
     return message
+
+
+@contextmanager
+def _fitting(field: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise invalid(Reason.BAD_SAMPLING_PARAMS, f"{field} cannot be passed on: {error}", param=field) from error
+
+
+def _structured_from_vllm(constraint: StructuredOutputsParams, out: sampling_pb2.StructuredOutputs) -> None:
+    out.disable_any_whitespace = constraint.disable_any_whitespace
+    out.disable_additional_properties = constraint.disable_additional_properties
+    if constraint.whitespace_pattern is not None:
+        out.whitespace_pattern = constraint.whitespace_pattern
+    if constraint.choice is not None:
+        out.choice.options.extend(constraint.choice)
+    elif constraint.json_object:
+        out.json_object = True
+    else:
+        for ours, theirs in _CONSTRAINTS.items():
+            value = getattr(constraint, ours)
+            if value is not None:
+                setattr(out, theirs, json.dumps(value) if isinstance(value, dict) else value)
 
 
 def tokens_only(params: SamplingParams) -> SamplingParams:

@@ -7,10 +7,15 @@ from typing import NoReturn
 
 import grpc
 from google.protobuf import any_pb2
+from google.protobuf.message import DecodeError
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
 DOMAIN = "tokenmesh"
+
+MAX_TEXT_BYTES = 1024
+"""Longer texts are cut. A message travels twice, escaped to three times its size and in base 64, and gRPC turns an
+error whose trailers exceed 8 KiB into another one."""
 
 
 class Reason(enum.StrEnum):
@@ -47,7 +52,7 @@ class Reason(enum.StrEnum):
 class MeshError(Exception):
     """A refusal or failure that the caller is told about as it is."""
 
-    def __init__(self, code: grpc.StatusCode, reason: Reason, message: str, **metadata: str) -> None:
+    def __init__(self, code: grpc.StatusCode, reason: Reason, message: str, /, **metadata: str) -> None:
         super().__init__(message)
         self.code = code
         self.reason = reason
@@ -57,20 +62,39 @@ class MeshError(Exception):
     def to_status(self) -> status_pb2.Status:
         """As google.rpc.Status with one ErrorInfo."""
         detail = any_pb2.Any()
-        detail.Pack(error_details_pb2.ErrorInfo(reason=self.reason.value, domain=DOMAIN, metadata=self.metadata))
+        metadata = {key: _cut(value) for key, value in self.metadata.items()}
+        detail.Pack(error_details_pb2.ErrorInfo(reason=self.reason.value, domain=DOMAIN, metadata=metadata))
         code = code_pb2.Code.Value(self.code.name if self.code.name != "OK" else "INTERNAL")
-        return status_pb2.Status(code=code, message=self.message, details=[detail])
+        return status_pb2.Status(code=code, message=_cut(self.message), details=[detail])
 
     @classmethod
     def from_rpc(cls, error: grpc.aio.AioRpcError) -> MeshError:
         """What a peer answered. Without an ErrorInfo of ours (peer down, deadline) the code decides the reason."""
+        info = _our_info(error)
+        if info is not None:
+            return cls(error.code(), Reason(info.reason), error.details() or "", **dict(info.metadata))
+        reason = Reason.DEADLINE_EXCEEDED if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED else Reason.INTERNAL
+        return cls(error.code(), reason, error.details() or error.code().name)
+
+
+def _cut(text: str) -> str:
+    # What is quoted from a client's JSON may have half characters in it, which no message can hold.
+    raw = text.encode(errors="replace")
+    return raw.decode() if len(raw) <= MAX_TEXT_BYTES else raw[:MAX_TEXT_BYTES].decode(errors="ignore") + "…"
+
+
+def _our_info(error: grpc.aio.AioRpcError) -> error_details_pb2.ErrorInfo | None:
+    """The ErrorInfo of ours that a status carries, if it can be believed and this version knows its reason."""
+    try:
         status = rpc_status.from_call(error)  # type: ignore[arg-type]
         for detail in status.details if status is not None else ():
             info = error_details_pb2.ErrorInfo()
             if detail.Unpack(info) and info.domain == DOMAIN and info.reason in Reason.__members__:
-                return cls(error.code(), Reason(info.reason), error.details() or "", **dict(info.metadata))
-        reason = Reason.DEADLINE_EXCEEDED if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED else Reason.INTERNAL
-        return cls(error.code(), reason, error.details() or error.code().name)
+                return info
+    except (ValueError, DecodeError):
+        # They contradict the code, or are no message at all: somebody on the way has touched them.
+        return None
+    return None
 
 
 def invalid(reason: Reason, message: str, **metadata: str) -> MeshError:
