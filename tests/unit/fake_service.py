@@ -46,7 +46,22 @@ STATUS = {
         kv_bytes=30_000_000,
         kv_seconds=0.01,
         counters={"PREFILL_DECISION_DISAGGREGATED": 1, "PREFILL_DECISION_TOO_SHORT": 2},
+        ranks=[
+            admin_pb2.RankStatus(rank=0, attached=True, blocks_total=90, blocks_free=70, context_tokens=2500),
+            admin_pb2.RankStatus(
+                rank=1,
+                address="w:9300",
+                attached=True,
+                blocks_total=91,
+                blocks_free=71,
+                context_tokens=2400,
+                sequences=3,
+                step_share=0.25,
+                exchange_transport="sysv",
+            ),
+        ],
     ),
+    "decode-worker": admin_pb2.GetStatusResponse(role=admin_pb2.ROLE_DECODE_WORKER, ready=True, blocks_total=91),
 }
 
 

@@ -37,11 +37,12 @@ COMMANDS: dict[str, Any] = typer.main.get_command(main.app).commands  # type: ig
 
 @pytest.fixture
 def mesh_file(tmp_path: Path) -> Path:
-    rest, rpc, prefill, decode = fake_service.free_ports(4)
+    rest, rpc, prefill, decode, worker = fake_service.free_ports(5)
     sections = {
         "gateway": {"port": rest, "grpc_port": rpc, "api_keys": ["secret"]},
         "prefill_service": {"port": prefill},
         "decode_service": {"port": decode},
+        "decode_worker": {"port": worker},
     }
     path = tmp_path / "given.yaml"
     path.write_text(yaml.safe_dump(sections))
@@ -105,22 +106,30 @@ async def test_bad_configuration_is_one_line(tmp_path: Path) -> None:
         assert re.fullmatch(r"tokenmesh: .*gateway\.prot: .*\n", err)
 
 
-async def test_status_of_one_up_and_two_unreachable(mesh_file: Path, config: MeshConfig) -> None:
-    # 1. One service of three is up: lines for a pipe, JSON for programs, status 1 for both.
+async def test_status_of_one_up_and_three_unreachable(mesh_file: Path, config: MeshConfig) -> None:
+    # 1. One service of four is up: lines for a pipe, JSON for programs, status 1 for both.
     [root] = config.decode_addresses()
     async with serving("decode-root", root):
         code, out, _ = await run("status", "-c", mesh_file)
         assert code == 1
         lines = out.splitlines()
-        assert [line.split()[0] for line in lines] == ["gateway-0", "prefill-0", "decode-root-0"]
+        services = ["gateway-0", "prefill-0", "decode-root-0", "decode-worker-0"]
+        assert [line.split()[0] for line in lines] == [*services, "decode-root-0/rank-0", "decode-root-0/rank-1"]
+        assert lines[5].split("  ")[1:5] == ["w:9300", "attached", "blocks 71/91", "context 2400"]
         assert "unreachable (Connection refused)" in lines[0]
         assert f"{root}  ready  running 3  waiting 2" in lines[2]
         code, out, _ = await run("status", "-c", mesh_file, "--json")
         assert code == 1
         told = json.loads(out)
         assert not told["ready"]
-        assert [service["state"] for service in told["services"]] == ["unreachable", "unreachable", "ready"]
+        assert [service["state"] for service in told["services"]] == [
+            "unreachable",
+            "unreachable",
+            "ready",
+            "unreachable",
+        ]
         assert told["services"][2]["kv_bytes"] == 30_000_000
+        assert told["services"][2]["ranks"][1]["step_share"] == 0.25
         assert told["services"][2]["gb_per_s"] == pytest.approx(3)
         # 2. A terminal gets a table with the same.
         screen = io.StringIO()
@@ -128,9 +137,15 @@ async def test_status_of_one_up_and_two_unreachable(mesh_file: Path, config: Mes
         Console(file=screen, force_terminal=True, width=200).print(status.to_table(statuses))
         assert "free/all" in screen.getvalue()
         assert re.search(r"decode-root-0 .*ready.* 3 +2 +- +sysv +30.0 MB +3.00", screen.getvalue())
+        assert re.search(r"decode-root-0 / 1 +w:9300 .*attached.* 71/91 +2400 +3 +25 % +sysv", screen.getvalue())
         # 3. With the others up, all is ready.
         gateway = status.endpoints(config)[0].address
-        async with serving("prefill", config.prefill_addresses()[0]), serving("gateway", gateway):
+        [worker] = config.worker_addresses(0)
+        async with (
+            serving("prefill", config.prefill_addresses()[0]),
+            serving("gateway", gateway),
+            serving("decode-worker", worker),
+        ):
             assert (await run("status", "-c", mesh_file))[0] == 0
 
 
@@ -198,20 +213,21 @@ async def test_mesh_starts_and_stops_in_order(config: MeshConfig, tmp_path: Path
         assert load_config(tmp_path / "logs" / "mesh.yaml") == config
         assert (tmp_path / "logs" / "mesh.yaml").stat().st_mode & 0o777 == 0o600
         statuses = await mesh.statuses()
-        assert [s.state for s in statuses] == ["ready"] * 3
+        assert [s.state for s in statuses] == ["ready"] * 4
         pids = [s.pid for s in statuses if s.pid is not None]
         family = [int(pid) for pid in re.findall(r"grandchild (\d+)", (tmp_path / "logs/prefill-0.log").read_text())]
-        assert len(running(pids + family)) == 5
+        assert len(running(pids + family)) == 6
     # 2. After it all are gone: also grandchildren that ignore SIGTERM, in their parent's session and in their own.
     assert running(pids + family) == []
     assert mesh.leftovers == []
-    # 3. The gateway went first, prefill last.
-    logs = [(tmp_path / "logs" / f"{name}-0.log").read_text() for name in ("gateway", "decode-root", "prefill")]
-    times = [float(log.rpartition("stopped at ")[2]) for log in logs]
-    assert times == sorted(times)
+    # 3. The gateway went first, then the root, then those that it needs.
+    names = ("gateway", "decode-root", "prefill", "decode-worker")
+    logs = [(tmp_path / "logs" / f"{name}-0.log").read_text() for name in names]
+    gateway, root, *needed = (float(log.rpartition("stopped at ")[2]) for log in logs)
+    assert gateway <= root <= min(needed)
     # 4. Stopping again does nothing.
     await mesh.stop()
-    assert [s.described_state for s in await mesh.statuses()] == ["exited (code 0)"] * 3
+    assert [s.described_state for s in await mesh.statuses()] == ["exited (code 0)"] * 4
     # 5. The real services would have been started like this.
     command = serve_command(mesh.children[1].endpoint, Path("mesh.yaml"))
     assert command[1:] == ["-m", "tokenmesh.cli.main", "serve", "prefill", "-c", "mesh.yaml", "--replica", "0"]
@@ -243,7 +259,7 @@ async def test_stubborn_service_is_killed(config: MeshConfig, tmp_path: Path, mo
     monkeypatch.setattr(child, "STOP_GRACE_S", 5.0)
     async with Mesh(config, tmp_path, 60, fake_service.command(decode_root="stubborn")) as mesh:
         pass
-    assert [c.exit_code for c in mesh.children] == [0, 0, -signal.SIGKILL]
+    assert [c.exit_code for c in mesh.children] == [0, 0, -signal.SIGKILL, 0]
     # 2. Cancelling the stop makes it kill at once, and stop all the same.
     monkeypatch.setattr(child, "STOP_GRACE_S", 50.0)
     mesh = Mesh(config, tmp_path, 60, fake_service.command(gateway="stubborn"))
@@ -262,12 +278,12 @@ async def test_up_until_a_signal_or_a_death(mesh_file: Path, tmp_path: Path, num
         # 1. Without a terminal, each change of state is a line.
         assert process.stdout is not None
         output, found = "", {}
-        while " is served: http://127.0.0.1:" not in output or len(found) < 3:
+        while " is served: http://127.0.0.1:" not in output or len(found) < 4:
             output += (line := (await process.stdout.readline()).decode())
             assert line, "it ended early"
             found = dict(re.findall(r"^(\S+): (?:starting|ready), .*, pid (\d+)$", output, re.MULTILINE))
         pids = [int(pid) for pid in found.values()]
-        assert len(running(pids)) == 3
+        assert len(running(pids)) == 4
         # 2. A signal ends the mesh in order. SIGKILL goes to one service instead: that ends the mesh with an error.
         if number == signal.SIGKILL:
             os.kill(int(found["decode-root-0"]), number)
@@ -277,7 +293,7 @@ async def test_up_until_a_signal_or_a_death(mesh_file: Path, tmp_path: Path, num
         killed = number == signal.SIGKILL
         assert process.returncode == (1 if killed else 0)
         assert ("tokenmesh: decode-root-0 exited (code -9)" in err) == killed
-        assert len(re.findall(r"exited \(code 0\)", out)) == (2 if killed else 3)
+        assert len(re.findall(r"exited \(code 0\)", out)) == (3 if killed else 4)
         # 3. Nothing is left.
         assert running(pids) == []
 
@@ -293,6 +309,6 @@ async def test_demo(mesh_file: Path, tmp_path: Path) -> None:
     assert out.count("TTFT") == 3
     assert "prefill decisions: disaggregated 1, too short 2" in out
     assert "KV received: 30,000,000 bytes at 3.00 GB/s, UCX transport sysv" in out
-    assert out.endswith("nothing is left: 3 services and all that they started are gone\n")
+    assert out.endswith("nothing is left: 4 services and all that they started are gone\n")
     # 2. The long text is long enough for every tokenizer that makes no more than a word of a token.
     assert len(long_text().split()) > LONG_PROMPT_TOKENS

@@ -14,12 +14,14 @@ from dataclasses import dataclass, field
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from rich.console import Console
+from rich.console import Console, Group
 from rich.filesize import decimal
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from tokenmesh.cli import ranks
+from tokenmesh.cli.ranks import RankLine, ranks_of
 from tokenmesh.cli.serve import ServiceRole
 from tokenmesh.config import MeshConfig
 from tokenmesh.rpc.channel import open_channel
@@ -83,6 +85,8 @@ class ServiceStatus:
     """Services that it uses and cannot reach."""
     error: str = ""
     """Why it is unreachable."""
+    ranks: tuple[RankLine, ...] = ()
+    """Decode roots with a group: its ranks."""
 
     @property
     def gb_per_s(self) -> float | None:
@@ -177,6 +181,7 @@ async def _ask(endpoint: Endpoint, timeout: float) -> ServiceStatus:
         kv_bytes=reply.kv_bytes,
         kv_seconds=reply.kv_seconds,
         counters=dict(reply.counters),
+        ranks=ranks_of(reply.ranks),
     )
 
 
@@ -185,8 +190,8 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def to_table(statuses: Iterable[ServiceStatus]) -> Table:
-    """For terminals."""
+def to_table(statuses: Iterable[ServiceStatus]) -> Group:
+    """For terminals: the services, and below them the ranks of decode groups."""
     # Narrow enough for 80 columns, or nearly so where process ids are known.
     statuses = list(statuses)
     with_pid = any(s.pid is not None for s in statuses)
@@ -205,7 +210,8 @@ def to_table(statuses: Iterable[ServiceStatus]) -> Table:
         state = Text(dataclasses.replace(s, error="").described_state, style=_STYLES.get(s.state, "red"))
         pid = ["-" if s.pid is None else str(s.pid)] if with_pid else []
         table.add_row(Text(s.name), Text(s.address), *pid, state, *(_figures(s) if told else ["-"] * 6))
-    return table
+    groups = [(s.name, s.ranks) for s in statuses if s.ranks]
+    return Group(table, "", ranks.to_table(groups)) if groups else Group(table)
 
 
 def _figures(s: ServiceStatus) -> list[str]:
@@ -249,6 +255,9 @@ def status(config: MeshConfig, as_json: bool) -> int:
         console.print(to_table(statuses))
     else:
         print("\n".join(map(to_line, statuses)))
+        for s in statuses:
+            for line in s.ranks:
+                print(ranks.to_line(s.name, line))
     return 0 if all_ready(statuses) else 1
 
 

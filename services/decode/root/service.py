@@ -17,7 +17,7 @@ from services.decode.root.handoff import HandOff, Prompt
 from tokenmesh.config import DecodeConfig
 from tokenmesh.context import WorkContext, current
 from tokenmesh.engine.host import EngineHost
-from tokenmesh.engine.sampling import logprobs_to_proto, to_vllm, tokens_only
+from tokenmesh.engine.sampling import bad_params, logprobs_to_proto, to_vllm, tokens_only
 from tokenmesh.engine.settings import FetchFrom
 from tokenmesh.lifecycle import LiveRequest, RequestState, RequestTable
 from tokenmesh.prompts import check_prompt
@@ -90,8 +90,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
                         first = False
                     yield response
         except VLLMClientError as error:
-            param = getattr(error, "parameter", None) or "sampling_params"
-            raise invalid(Reason.BAD_SAMPLING_PARAMS, str(error), param=str(param)) from error
+            raise bad_params(error) from error
         except EngineDeadError as error:
             raise unavailable(Reason.ENGINE_DEAD, "the decode engine has died") from error
 
