@@ -28,17 +28,19 @@ KV_BYTES = 512 << 20
 
 def mesh_config(eager: bool) -> MeshConfig:
     """A mesh for two cores: decode on the first, prefill on the second, on free ports."""
-    rest, rpc, prefill, decode = _free_ports(4)
+    rest, rpc, prefill, decode = free_ports(4)
     engine = {"kv_cache_memory_bytes": KV_BYTES, "enforce_eager": eager}
     sections: dict[str, Any] = {
         "gateway": {"port": rest, "grpc_port": rpc},
         "prefill_service": {"port": prefill, "cpu_omp_threads_bind": "1", **engine},
-        "decode_service": {"port": decode, "cpu_omp_threads_bind": "0", **engine},
+        # One rank: what a mesh adds to an engine is measured here, not what ranks add.
+        "decode_service": {"port": decode, "cpu_omp_threads_bind": "0", "token_parallel_size": 1, **engine},
     }
     return MeshConfig(dtype="bfloat16", max_model_len=4096, **sections)
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Ports that were free a moment ago."""
     with ExitStack() as held:
         listeners = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
         return [listener.getsockname()[1] for listener in listeners]
@@ -47,7 +49,7 @@ def _free_ports(count: int) -> list[int]:
 @asynccontextmanager
 async def plain_server(config: MeshConfig, cores: str, logs: Path) -> AsyncIterator[str]:
     """A plain vLLM server with the settings of the mesh's decode root; gives its URL. Raises MeshStartError."""
-    [port] = _free_ports(1)
+    [port] = free_ports(1)
     file, log = logs / "plain.yaml", logs / f"plain-{cores}.log"
     file.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     command = [sys.executable, "-m", "benchmarks.plain_server", "--config", str(file)]

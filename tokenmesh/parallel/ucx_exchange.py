@@ -23,6 +23,9 @@ from tokenmesh.parallel.exchange import PeerLostError
 TOKEN_BYTES = 16
 """Length of the secret that a root shows to the rank that it was given by."""
 
+EAGER_BYTES = 64 << 10
+"""Messages up to this size go out at once; larger ones are announced first, which costs a round trip."""
+
 _HELLO_TAG = 1
 _TO_RANK, _TO_ROOT = 1, 2
 _CLOCK_EVERY = 256
@@ -34,7 +37,8 @@ class UcxLoop:
     def __init__(self, transport: str) -> None:
         """`transport` as in KvTransferConfig."""
         # UCX reads its environment on import.
-        os.environ.update({k: v for k, v in transports.environment(transport).items() if k not in os.environ})
+        settings = {**transports.environment(transport), "UCX_RNDV_THRESH": str(EAGER_BYTES)}
+        os.environ.update({k: v for k, v in settings.items() if k not in os.environ})
         from ucxx._lib import libucxx as core
         from ucxx._lib.arr import Array
 

@@ -148,7 +148,8 @@ class Shard:
     def _wait(self, request: Any, loop: Any, partition: Partition) -> None:
         """Until the message is there or the service wants us to close."""
         progress = loop.worker.progress
-        poll_until = time.monotonic() + self._args.poll_s
+        # Between steps the root's other processes have work to do, perhaps on this core.
+        poll_until = time.monotonic() + (0.0 if partition.protocol.idle else self._args.poll_s)
         while not request.completed:
             progress()
             if request.completed or time.monotonic() < poll_until:
