@@ -254,8 +254,10 @@ def test_container_file_does_not_end_as_root(path: Path) -> None:
     else:
         assert not users, "inherited"
         assert "HEALTHCHECK" in text
-        name = "decode-root" if path.parent.name == "decode" else path.parent.name
-        assert f"$(hostname):{GRPC_PORTS[name]}" in text
+        name = "-".join(path.parent.relative_to(ROOT / "services").parts)
+        ports = {**GRPC_PORTS, "decode-worker": DEFAULTS.decode_worker.port}
+        assert f"$(hostname):{ports[name]}" in text
+        assert f'CMD ["serve", "{name}", ' in text
 
 
 def test_torch_is_the_same_everywhere() -> None:
