@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import yaml
 
-from tokenmesh.config import MeshConfig, load_config
+from services.decode.worker.main import DRAIN_S
+from tokenmesh.config import DecodeWorkerConfig, EngineConfig, MeshConfig, load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = ROOT / "deploy" / "kustomize" / "base"
+GPU = ROOT / "deploy" / "kustomize" / "overlays" / "gpu"
 MESHES = sorted([*(ROOT / "deploy").rglob("mesh.yaml"), *(ROOT / "examples").glob("*.yaml")])
 CONTAINER_FILES = sorted([*(ROOT / "deploy").rglob("*Containerfile"), *(ROOT / "services").rglob("Containerfile")])
 UID = 10001
@@ -37,6 +39,7 @@ GRPC_PORTS = {
     "gateway": DEFAULTS.gateway.grpc_port,
     "prefill": DEFAULTS.prefill_service.port,
     "decode-root": DEFAULTS.decode_service.port,
+    "decode-worker": DEFAULTS.decode_worker.port,
 }
 
 
@@ -58,6 +61,21 @@ def container(workload: Doc) -> Doc:
 
 def of_kind(kind: str) -> dict[str, Doc]:
     return {role(doc): doc for doc in DOCUMENTS if doc["kind"] == kind}
+
+
+def section(mesh: MeshConfig, name: str) -> EngineConfig | DecodeWorkerConfig:
+    """Of a role that owns KV."""
+    if name == "decode-worker":
+        return mesh.decode_worker
+    return mesh.prefill_service if name == "prefill" else mesh.decode_service
+
+
+def ports(mesh: MeshConfig, name: str) -> dict[str, int]:
+    """What a role listens on, in the order in which its files list them."""
+    if name == "gateway":
+        return {"http": mesh.gateway.port, "grpc": mesh.gateway.grpc_port}
+    found = {"grpc": section(mesh, name).port, "kv": section(mesh, name).kv_transfer.port}
+    return {**found, "rows": mesh.decode_worker.exchange_port} if name == "decode-worker" else found
 
 
 def gibibytes(quantity: str) -> float:
@@ -102,7 +120,10 @@ def test_pod_has_bounds(workload: Doc) -> None:
         assert {"cpu", "memory", "ephemeral-storage"} <= resources[kind].keys()
     volumes = {v["name"]: v for v in workload["spec"]["template"]["spec"]["volumes"]}
     mounts = {m["mountPath"]: m["name"] for m in container(workload)["volumeMounts"]}
-    for path in ("/var/cache/tokenmesh", "/tmp", "/dev/shm"):
+    # A decode worker has no model to keep.
+    cache = set() if role(workload) == "decode-worker" else {"/var/cache/tokenmesh"}
+    assert mounts.keys() == {"/etc/tokenmesh", "/tmp", "/dev/shm"} | cache
+    for path in mounts.keys() - {"/etc/tokenmesh"}:
         assert "sizeLimit" in volumes[mounts[path]]["emptyDir"], path
     assert volumes[mounts["/dev/shm"]]["emptyDir"]["medium"] == "Memory"
     assert volumes[mounts["/etc/tokenmesh"]]["configMap"]["name"] == "tokenmesh-mesh"
@@ -122,6 +143,10 @@ def test_old_work_may_finish(workload: Doc) -> None:
     delay = re.match(r"sleep (\d+);", hook)
     longest = load_config(BASE / "mesh.yaml").gateway.request_timeout_s
     grace = workload["spec"]["template"]["spec"]["terminationGracePeriodSeconds"]
+    if role(workload) == "decode-worker":
+        # No request ends here: the root takes its sequences back, after SIGTERM.
+        assert drain + DRAIN_S < grace
+        return
     assert longest < drain
     assert drain + int(delay[1] if delay else 0) < grace
 
@@ -141,12 +166,7 @@ def test_selectors_meet(workload: Doc) -> None:
 
 @each_workload
 def test_ports_are_the_configs(workload: Doc) -> None:
-    mesh = load_config(BASE / "mesh.yaml")
-    expected = {
-        "gateway": {"http": mesh.gateway.port, "grpc": mesh.gateway.grpc_port},
-        "prefill": {"grpc": mesh.prefill_service.port, "kv": mesh.prefill_service.kv_transfer.port},
-        "decode-root": {"grpc": mesh.decode_service.port, "kv": mesh.decode_service.kv_transfer.port},
-    }[role(workload)]
+    expected = ports(load_config(BASE / "mesh.yaml"), role(workload))
     assert {p["name"]: p["containerPort"] for p in container(workload)["ports"]} == expected
     assert {p["name"]: p["port"] for p in of_kind("Service")[role(workload)]["spec"]["ports"]} == expected
 
@@ -159,8 +179,9 @@ def test_pods_announce_their_own_address(monkeypatch: pytest.MonkeyPatch) -> Non
                 assert names.index("POD_IP") < names.index(variable["name"]), "expanded only from what stands above"
                 monkeypatch.setenv(variable["name"], variable["value"].replace("$(POD_IP)", POD_IP))
     mesh = load_config(BASE / "mesh.yaml")
-    for section in (mesh.prefill_service, mesh.decode_service):
-        assert (section.host, section.kv_transfer.host) == (POD_IP, POD_IP)
+    for name in of_kind("StatefulSet"):
+        found = section(mesh, name)
+        assert (found.host, found.kv_transfer.host) == (POD_IP, POD_IP), name
 
 
 def test_api_keys_come_from_an_optional_secret(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,26 +194,56 @@ def test_api_keys_come_from_an_optional_secret(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("path", sorted(BASE.parent.rglob("mesh.yaml")), ids=lambda p: p.parent.name)
 def test_mesh_names_the_stateful_pods(path: Path) -> None:
     mesh = load_config(path)
+    overlay = yaml.safe_load((path.parent / "kustomization.yaml").read_text())
+    counts = {replicas["name"]: replicas["count"] for replicas in overlay.get("replicas", [])}
     pods = {
         name: tuple(
-            f"tokenmesh-{name}-{i}.{s['spec']['serviceName']}:{GRPC_PORTS[name]}" for i in range(s["spec"]["replicas"])
+            f"tokenmesh-{name}-{i}.{s['spec']['serviceName']}:{GRPC_PORTS[name]}"
+            for i in range(counts.get(s["metadata"]["name"], s["spec"]["replicas"]))
         )
         for name, s in of_kind("StatefulSet").items()
     }
     assert mesh.gateway.decode_roots == pods["decode-root"]
     assert mesh.gateway.prefills == mesh.decode_service.prefills == pods["prefill"]
+    # Every worker is a rank of the one root.
+    assert len(pods["decode-root"]) == 1
+    assert mesh.worker_addresses(0) == pods["decode-worker"]
+    assert mesh.decode_service.token_parallel_size == 1 + len(pods["decode-worker"])
     for name in pods:
         assert of_kind("Service")[name]["spec"]["clusterIP"] == "None"
 
 
+def test_gpus_are_for_engines() -> None:
+    overlay = yaml.safe_load((GPU / "kustomization.yaml").read_text())
+    patched = {
+        patch["path"]: {role(w) for w in WORKLOADS if re.fullmatch(patch["target"]["name"], w["metadata"]["name"])}
+        for patch in overlay["patches"]
+    }
+    assert patched == {
+        "engine.yaml": {"prefill", "decode-root"},
+        "models.yaml": {"gateway", "prefill", "decode-root"},
+    }
+    assert {image["name"] for image in overlay["images"]} == {"tokenmesh/prefill", "tokenmesh/decode-root"}
+
+
+def test_every_manifest_and_image_is_listed() -> None:
+    base = yaml.safe_load((BASE / "kustomization.yaml").read_text())
+    assert {*base["resources"], "kustomization.yaml", "mesh.yaml"} == {path.name for path in BASE.glob("*.yaml")}
+    images = {f"{image['name']}:{image['newTag']}" for image in base["images"]}
+    assert images == {container(w)["image"] for w in WORKLOADS}
+
+
 def test_shared_memory_holds_the_kv_cache() -> None:
     kubernetes, compose = load_config(BASE / "mesh.yaml"), load_config(ROOT / "deploy" / "mesh.yaml")
-    for name, workload in of_kind("StatefulSet").items():
+    owners = of_kind("StatefulSet")
+    for name, workload in owners.items():
         (shm,) = (v for v in workload["spec"]["template"]["spec"]["volumes"] if v["name"] == "shm")
-        section = kubernetes.prefill_service if name == "prefill" else kubernetes.decode_service
-        assert (section.kv_cache_memory_bytes or 0) / 2**30 < gibibytes(shm["emptyDir"]["sizeLimit"])
-    both = (compose.prefill_service.kv_cache_memory_bytes or 0) + (compose.decode_service.kv_cache_memory_bytes or 0)
-    assert both / 2**30 < gibibytes(SERVICES["shm"]["shm_size"])
+        held = (section(kubernetes, name).kv_cache_memory_bytes or 0) / 2**30
+        assert held < gibibytes(shm["emptyDir"]["sizeLimit"])
+        # Twice: it is copied there once it has been allocated.
+        assert 2 * held < gibibytes(container(workload)["resources"]["limits"]["memory"])
+    together = sum(section(compose, name).kv_cache_memory_bytes or 0 for name in owners)
+    assert together / 2**30 < gibibytes(SERVICES["shm"]["shm_size"])
 
 
 # Compose
@@ -219,15 +270,30 @@ def test_health_is_asked_where_the_service_listens(name: str) -> None:
     if name == "gateway":
         assert (mesh.gateway.host, address) == ("0.0.0.0", f"127.0.0.1:{mesh.gateway.grpc_port}")
         return
-    section = mesh.prefill_service if name == "prefill" else mesh.decode_service
-    assert section.host == section.kv_transfer.host == SERVICES[name]["hostname"] == name
-    assert address == f"{name}:{section.port}"
-    assert SERVICES[name]["expose"] == [str(section.port), str(section.kv_transfer.port)]
+    found = section(mesh, name)
+    assert found.host == found.kv_transfer.host == SERVICES[name]["hostname"] == name
+    assert address == f"{name}:{found.port}"
+    assert SERVICES[name]["expose"] == [str(port) for port in ports(mesh, name).values()]
 
 
-def test_engines_share_ipc_and_pid_namespaces() -> None:
+def test_mesh_names_the_services_of_compose() -> None:
+    mesh = load_config(ROOT / "deploy" / "mesh.yaml")
+    assert mesh.gateway.decode_roots == mesh.decode_addresses() == (f"decode-root:{GRPC_PORTS['decode-root']}",)
+    assert mesh.gateway.prefills == mesh.decode_service.prefills == mesh.prefill_addresses()
+    assert mesh.prefill_addresses() == (f"prefill:{GRPC_PORTS['prefill']}",)
+    assert mesh.worker_addresses(0) == (f"decode-worker:{GRPC_PORTS['decode-worker']}",)
+    assert mesh.decode_service.token_parallel_size == 2
+
+
+def test_nobody_waits_for_the_decode_worker() -> None:
+    assert [name for name, service in SERVICES.items() if "decode-worker" in service.get("depends_on", {})] == []
+    # And it keeps nothing.
+    assert SERVICES["decode-worker"]["volumes"] == ["./mesh.yaml:/etc/tokenmesh/mesh.yaml:ro"]
+
+
+def test_owners_of_kv_share_ipc_and_pid_namespaces() -> None:
     assert SERVICES["shm"]["ipc"] == "shareable"
-    for name in ("prefill", "decode-root"):
+    for name in of_kind("StatefulSet"):
         assert SERVICES[name]["ipc"] == SERVICES[name]["pid"] == "service:shm"
         assert SERVICES[name]["depends_on"] == {"shm": {"condition": "service_healthy"}}
 
@@ -254,8 +320,25 @@ def test_container_file_does_not_end_as_root(path: Path) -> None:
     else:
         assert not users, "inherited"
         assert "HEALTHCHECK" in text
-        name = "decode-root" if path.parent.name == "decode" else path.parent.name
+        name = "-".join(path.parent.relative_to(ROOT / "services").parts)
         assert f"$(hostname):{GRPC_PORTS[name]}" in text
+        assert f'CMD ["serve", "{name}", ' in text
+
+
+def test_the_worker_needs_neither_compiler_nor_cache() -> None:
+    text = (ROOT / "services" / "decode" / "worker" / "Containerfile").read_text()
+    assert "ARG BASE_IMAGE=tokenmesh/base:" in text
+    # Importing torch makes this folder, which must be possible without the cache volume.
+    assert "ENV TORCHINDUCTOR_CACHE_DIR=/tmp/" in text
+
+
+def test_the_guide_builds_every_image() -> None:
+    guide = (ROOT / "deploy" / "README.md").read_text()
+    (folders,) = re.findall(r"for s in (.*); do", guide)
+    assert {f"tokenmesh/{s.replace('/', '-')}:0.1.0" for s in folders.split()} == {
+        container(w)["image"] for w in WORKLOADS
+    }
+    assert all((ROOT / "services" / s / "Containerfile").is_file() for s in folders.split())
 
 
 def test_torch_is_the_same_everywhere() -> None:
@@ -272,3 +355,16 @@ def test_mesh_keeps_the_usual_ports_and_equal_shards(path: Path) -> None:
     assert mesh.prefill_service.kv_transfer.port in (0, 9150)
     assert mesh.decode_service.kv_transfer.port == 9250
     assert mesh.prefill_service.tensor_parallel_size == mesh.decode_service.tensor_parallel_size
+
+
+@pytest.mark.parametrize("path", MESHES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_mesh_has_as_many_workers_as_ranks(path: Path) -> None:
+    mesh = load_config(path)
+    size, worker = mesh.decode_service.token_parallel_size, mesh.decode_worker
+    assert len(mesh.worker_addresses(0)) == size - 1
+    if "gpu_memory_utilization" in path.read_text():
+        assert size == 1, "more ranks run on CPUs only"
+        return
+    assert size > 1
+    assert {address.rpartition(":")[2] for address in mesh.worker_addresses(0)} == {str(GRPC_PORTS["decode-worker"])}
+    assert (worker.port, worker.kv_transfer.port, worker.exchange_port) == (GRPC_PORTS["decode-worker"], 9350, 9390)

@@ -77,12 +77,12 @@ def test_no_module_is_too_long() -> None:
 
 
 def test_every_service_has_a_container() -> None:
-    # 1. A folder of services/ with Python in it is a service.
-    folders = {path.relative_to(ROOT).parts[1] for path in PYTHON if name(path).startswith("services/")}
-    services = {folder for folder in folders if (ROOT / "services" / folder).is_dir()}
-    assert services >= {"gateway", "prefill", "decode"}
-    # 2. Each brings its Containerfile.
-    assert {s for s in services if not (ROOT / "services" / s / "Containerfile").is_file()} == set()
+    # 1. A folder under services/ with a main.py is a service.
+    mains = [path for path in PYTHON if name(path).startswith("services/") and path.name == "main.py"]
+    services = {name(path.parent) for path in mains}
+    assert services >= {f"services/{s}" for s in ("gateway", "prefill", "decode/root", "decode/worker")}
+    # 2. Each brings its Containerfile, and there are no others.
+    assert {name(path.parent) for path in FILES if path.name == "Containerfile"} == services
 
 
 def test_comments_in_protos_are_linted() -> None:
