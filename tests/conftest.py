@@ -29,7 +29,7 @@ def free_port() -> int:
 
 
 def mesh_config(dtype: str = "float32", **sections: object) -> MeshConfig:
-    """A mesh for two cores: decode on the first, prefill on the second, eager, small caches, free ports."""
+    """A mesh for two cores: the root on the first, prefill and one worker on the second, eager, small caches."""
     engine = {"kv_cache_memory_bytes": KV_BYTES, "enforce_eager": True, "max_num_batched_tokens": 256}
     return MeshConfig(
         dtype=dtype,
@@ -37,6 +37,12 @@ def mesh_config(dtype: str = "float32", **sections: object) -> MeshConfig:
         gateway={"port": free_port(), "grpc_port": free_port()},
         prefill_service={"port": free_port(), "cpu_omp_threads_bind": "1", **engine},
         decode_service={"port": free_port(), "cpu_omp_threads_bind": "0", **engine},
+        decode_worker={
+            "port": free_port(),
+            "cpu_omp_threads_bind": "1",
+            "poll_s": 0,
+            "kv_cache_memory_bytes": KV_BYTES,
+        },
         **sections,
     )
 

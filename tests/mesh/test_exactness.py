@@ -52,7 +52,13 @@ def prompts() -> list[list[int]]:
     return result
 
 
-def plain_engine(all_prompts: Sequence[Sequence[int]], dtype: str, folder: Path) -> list[list[int]]:
+def plain_engine(
+    all_prompts: Sequence[Sequence[int]],
+    dtype: str,
+    folder: Path,
+    new_tokens: int = NEW_TOKENS,
+    model: str = "smollm2-135m-instruct",
+) -> list[list[int]]:
     """Greedy tokens of a plain vLLM engine with the mesh's settings and no connector, in a process of its own."""
     source, target = folder / "prompts.json", folder / "tokens.json"
     source.write_bytes(msgspec.json.encode(all_prompts))
@@ -60,9 +66,9 @@ def plain_engine(all_prompts: Sequence[Sequence[int]], dtype: str, folder: Path)
 import msgspec, pathlib
 if __name__ == "__main__":
     from vllm import LLM, SamplingParams, TokensPrompt
-    llm = LLM({resolve_model("smollm2-135m-instruct")!r}, dtype={dtype!r}, max_model_len=4096, enforce_eager=True,
+    llm = LLM({resolve_model(model)!r}, dtype={dtype!r}, max_model_len=4096, enforce_eager=True,
               kv_cache_memory_bytes={KV_BYTES}, max_num_batched_tokens=256, enable_prefix_caching=True)
-    params = SamplingParams(temperature=0, max_tokens={NEW_TOKENS}, ignore_eos=True, detokenize=False)
+    params = SamplingParams(temperature=0, max_tokens={new_tokens}, ignore_eos=True, detokenize=False)
     prompts = msgspec.json.decode(pathlib.Path({str(source)!r}).read_bytes())
     outputs = llm.generate([TokensPrompt(prompt_token_ids=p) for p in prompts], params, use_tqdm=False)
     tokens = [list(o.outputs[0].token_ids) for o in outputs]
@@ -77,7 +83,11 @@ if __name__ == "__main__":
 
 
 async def through_mesh(
-    mesh: RunningMesh, all_prompts: Sequence[Sequence[int]], concurrent: int
+    mesh: RunningMesh,
+    all_prompts: Sequence[Sequence[int]],
+    concurrent: int,
+    new_tokens: int = NEW_TOKENS,
+    local: bool = False,
 ) -> list[tuple[list[int], int]]:
     """(greedy tokens, prefill decision) of each prompt, straight from the decode root."""
     limit = asyncio.Semaphore(concurrent)
@@ -88,8 +98,10 @@ async def through_mesh(
             request = decode_pb2.GenerateRequest(
                 request_id=f"exact-{concurrent}-{number}-{random.random()}",
                 prompt_token_ids=ids,
-                sampling_params=sampling_pb2.SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True),
+                sampling_params=sampling_pb2.SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True),
             )
+            if local:
+                request.local_reason = sampling_pb2.PREFILL_DECISION_DECODE_ONLY
             tokens: list[int] = []
             decision = 0
             async with limit:
@@ -135,11 +147,25 @@ async def test_greedy_tokens_equal_a_plain_engine(mesh: RunningMesh, tmp_path: P
     block_bytes = 30 * 3 * BLOCK * 2 * 64 * 4
     assert after.kv_bytes - before.kv_bytes >= remote * block_bytes
 
-    # (5) Once more with warm caches: prefix hits on the root, or sent from the prefill service's cache.
+    # (5) Both ranks took part, with KV pushed straight to its owner.
+    root, worker = after.ranks
+    assert root.attached
+    assert worker.attached
+    assert after.group.steps > before.group.steps
+    assert worker.step_share > 0
+    assert after.group.detached == before.group.detached
+
+    # (6) Once more with warm caches: prefix hits on the root, or sent from the prefill service's cache.
     again = await through_mesh(mesh, all_prompts, concurrent=8)
     assert [tokens for tokens, _ in again] == truth
     cached = sum(decision == sampling_pb2.PREFILL_DECISION_PREFIX_CACHED for _, decision in again)
     assert cached > 0
+
+    # (7) And with every prompt computed on the root, cold.
+    await asyncio.to_thread(mesh.reset_caches)
+    local = await through_mesh(mesh, all_prompts[:40], concurrent=8, local=True)
+    assert [tokens for tokens, _ in local] == truth[:40]
+    assert {decision for _, decision in local} == {sampling_pb2.PREFILL_DECISION_DECODE_ONLY}
 
 
 def common(tokens: Sequence[int], want: Sequence[int]) -> int:

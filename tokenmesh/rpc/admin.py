@@ -25,8 +25,13 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         requests: RequestTable,
         describe: Callable[[], admin_pb2.GetStatusResponse],
         reset_prefix_cache: Callable[[], Awaitable[bool]] | None = None,
+        leave: Callable[[float], Awaitable[int]] | None = None,
     ) -> None:
-        """`describe` fills in everything but version and uptime. Adds itself to `server`."""
+        """`describe` fills in everything but version and uptime. Adds itself to `server`.
+
+        `leave(seconds)` is what a drain means beyond refusing new requests; it returns how much work remains.
+        """
+        self._leave = leave
         self._server = server
         self._requests = requests
         self._describe = describe
@@ -53,6 +58,8 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         await self._server.not_ready()
         remaining = context.time_remaining()
         deadline = time.monotonic() + (remaining - 0.5 if remaining is not None else 30.0)
+        if self._leave is not None:
+            return admin_pb2.DrainResponse(remaining=await self._leave(deadline - time.monotonic()))
         while len(self._requests) and time.monotonic() < deadline:  # noqa: ASYNC110 - a drain is rare and slow
             await asyncio.sleep(0.05)
         return admin_pb2.DrainResponse(remaining=len(self._requests))

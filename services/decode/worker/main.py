@@ -48,7 +48,7 @@ async def serve(mesh: MeshConfig, replica: int, stop: asyncio.Event) -> None:
         )
 
     # Requests are the root's; the table only knows whether we take work.
-    AdminServicer(server, RequestTable(1), describe)
+    AdminServicer(server, RequestTable(1), describe, leave=servicer.leave)
     shards: ShardProcesses | None = None
 
     def route(message: ToService) -> None:
@@ -66,10 +66,8 @@ async def serve(mesh: MeshConfig, replica: int, stop: asyncio.Event) -> None:
                 await server.ready()
                 log.info("decode worker ready", address=server.address)
                 await stop.wait()
-                servicer.draining = True
                 await server.not_ready()
-                # The root sees that we are draining and lets us go.
-                await servicer.drained(DRAIN_S)
+                await servicer.leave(DRAIN_S)
                 await server.stop(grace=1)
             finally:
                 await shards.stop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 import time
 from collections.abc import Sequence
@@ -215,19 +216,18 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         self, request: worker_pb2.WorkerServiceDrainRequest, context: Context[Any, Any]
     ) -> worker_pb2.WorkerServiceDrainResponse:
         """See worker.proto."""
-        self.draining = True
-        await self.drained(max(0.1, (context.time_remaining() or 30.0) - 0.5))
-        return worker_pb2.WorkerServiceDrainResponse(attached=self.attached is not None)
+        remaining = await self.leave(max(0.1, (context.time_remaining() or 30.0) - 0.5))
+        return worker_pb2.WorkerServiceDrainResponse(attached=bool(remaining))
 
-    async def drained(self, timeout: float) -> None:
-        """Waits until no root is attached, or the time is up."""
+    async def leave(self, timeout: float) -> int:
+        """Refuses roots from now on and waits until ours, which sees that, has let us go. Returns how many remain."""
+        self.draining = True
         deadline = time.monotonic() + timeout
         while self.attached is not None and time.monotonic() < deadline:
             self._left.clear()
-            try:
-                await asyncio.wait_for(self._left.wait(), deadline - time.monotonic())
-            except TimeoutError:
-                return
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._left.wait(), max(0.0, deadline - time.monotonic()))
+        return int(self.attached is not None)
 
     async def GetStats(
         self, request: worker_pb2.GetStatsRequest, context: Context[Any, Any]

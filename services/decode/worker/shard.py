@@ -9,6 +9,7 @@ Started by the worker service; ends when its standard input closes, so it cannot
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 import threading
@@ -184,7 +185,9 @@ class Partition:
         spec = msgspec.msgpack.decode(order.spec, type=RankSpec)
         shape = spec.shape
         size = (len(spec.layers), order.blocks, shape.kv_heads, spec.block_size, 2 * shape.head_size)
-        self._kv = torch.zeros(size, dtype=shape.torch_dtype)
+        # In shared memory from the start: moving it there later would take its size twice for a moment.
+        storage = torch.UntypedStorage._new_shared(math.prod(size) * shape.torch_dtype.itemsize, device="cpu")
+        self._kv = torch.empty(0, dtype=shape.torch_dtype).set_(storage).view(size).zero_()
         settings = ConnectorSettings(
             hub=args.hub,
             host=args.kv_host,

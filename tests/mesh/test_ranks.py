@@ -1,0 +1,169 @@
+"""A group of three ranks with little room: queueing, preemption, placement, and a rank that dies."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.conftest import RunningMesh, free_port, mesh_config, run_mesh
+from tests.mesh.test_exactness import plain_engine, prompts, through_mesh
+from tokenmesh.config import MeshConfig
+from tokenmesh.v1 import admin_pb2
+
+RANKS = 3
+BLOCKS = 32
+"""Of the whole group: 11, 11 and 10."""
+NEW_TOKENS = 24
+TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True)
+class Group:
+    """The mesh, the prompts of one wave, and what a plain engine answers."""
+
+    mesh: RunningMesh
+    file: Path
+    wave: list[list[int]]
+    truth: list[list[int]]
+
+
+@pytest.fixture(scope="module")
+def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Group]:
+    """KV goes through the root here; the session's mesh pushes it to its owners directly."""
+    folder = tmp_path_factory.mktemp("ranks")
+    base = mesh_config()
+    sections = base.model_dump(exclude={"max_model_len", "decode_service", "decode_worker"})
+    decode = base.decode_service.model_dump() | {
+        "token_parallel_size": RANKS,
+        "max_num_seqs": 32,
+        "group": {"kv_route": "via_root", "kv_blocks": BLOCKS, "timeout_s": TIMEOUT_S},
+    }
+    worker = base.decode_worker.model_dump() | {"port": two_free_ports()}
+    config = MeshConfig(**sections, max_model_len=1024, decode_service=decode, decode_worker=worker)
+    wave = [ids for ids in prompts() if 20 <= len(ids) <= 430][:32]
+    truth = plain_engine(wave, "float32", folder, NEW_TOKENS)
+    with run_mesh(config, folder / "logs") as mesh:
+        yield Group(mesh, folder / "logs" / "mesh.yaml", wave, truth)
+
+
+def two_free_ports() -> int:
+    """The first of two adjacent ports that were free a moment ago."""
+    while True:
+        first = free_port()
+        if first < 65535 and not any(
+            c.laddr and c.laddr.port == first + 1 for c in psutil.net_connections("tcp") if c.status == "LISTEN"
+        ):
+            return first
+
+
+async def watch(mesh: RunningMesh, done: asyncio.Event) -> list[list[admin_pb2.RankStatus]]:
+    """What the root tells about its ranks, a few times a second."""
+    seen = []
+    while not done.is_set():
+        seen.append(list((await asyncio.to_thread(mesh.status, mesh.root_address)).ranks))
+        await asyncio.sleep(0.1)
+    return seen
+
+
+def worker_process(group: Group, replica: int) -> psutil.Process:
+    """The process of one decode worker of this mesh."""
+    for process in psutil.process_iter(["cmdline"]):
+        line = process.info["cmdline"] or []
+        if "decode-worker" in line and str(group.file) in line and line[-1] == str(replica):
+            return process
+    raise AssertionError("no such worker")
+
+
+@pytest.mark.timeout(900)
+async def test_a_load_over_capacity_completes_by_queueing(group: Group) -> None:
+    # (1) 32 sequences at once, which need about three times the blocks that the group has.
+    mesh = group.mesh
+    needed = sum(-(-(len(ids) + NEW_TOKENS) // 128) for ids in group.wave)
+    assert needed > 2 * BLOCKS
+    done = asyncio.Event()
+    watching = asyncio.create_task(watch(mesh, done))
+    answers = await through_mesh(mesh, group.wave, concurrent=32, new_tokens=NEW_TOKENS)
+    done.set()
+    seen = await watching
+
+    # (2) Nobody was refused, and everybody got the plain engine's tokens.
+    assert [tokens for tokens, _ in answers] == group.truth
+
+    # (3) All ranks were used, nearly all blocks were held, and the ledger added up at every look.
+    assert {rank.rank for ranks in seen for rank in ranks if rank.sequences} == {0, 1, 2}
+    for ranks in seen:
+        assert [rank.blocks_total for rank in ranks] == [11, 11, 10]
+        assert all(rank.blocks_free <= rank.blocks_total for rank in ranks)
+    held = max(sum(rank.blocks_total - rank.blocks_free for rank in ranks) for ranks in seen)
+    print(f"{held} of {BLOCKS} blocks held at most")
+    assert held >= 0.9 * BLOCKS
+
+    # (4) Nothing is left.
+    assert not any((await asyncio.to_thread(mesh.wait_idle)).values())
+
+
+@pytest.mark.timeout(900)
+async def test_a_killed_rank_costs_time_and_no_token(group: Group) -> None:
+    mesh = group.mesh
+    await asyncio.to_thread(mesh.reset_caches)
+    before = await asyncio.to_thread(mesh.status, mesh.root_address)
+
+    # (1) A wave is decoding on all ranks when the second worker is killed.
+    wave = asyncio.create_task(through_mesh(mesh, group.wave, concurrent=16, new_tokens=NEW_TOKENS))
+    victim = await asyncio.to_thread(worker_process, group, 1)
+    while not (await asyncio.to_thread(mesh.status, mesh.root_address)).ranks[2].sequences:
+        assert not wave.done()
+        await asyncio.sleep(0.05)
+    os.kill(victim.pid, signal.SIGKILL)
+    killed = time.monotonic()
+
+    # (2) The root notices within its deadline.
+    while (await asyncio.to_thread(mesh.status, mesh.root_address)).ranks[2].attached:
+        assert time.monotonic() - killed < TIMEOUT_S + 5
+        await asyncio.sleep(0.05)
+    print(f"noticed after {time.monotonic() - killed:.2f} s")
+
+    # (3) Every stream completes with the same tokens.
+    assert [tokens for tokens, _ in await wave] == group.truth
+    after = await asyncio.to_thread(mesh.status, mesh.root_address)
+    assert after.group.detached == before.group.detached + 1
+    assert [rank.attached for rank in after.ranks] == [True, True, False]
+
+    # (4) Nothing is left, on the prefill service neither.
+    assert not any((await asyncio.to_thread(mesh.wait_idle)).values())
+
+    # (5) A worker that comes back is taken in again, and takes its share.
+    command = [sys.executable, "-m", "tokenmesh.cli.main", "serve", "decode-worker", "-c", str(group.file)]
+    back = subprocess.Popen(  # noqa: ASYNC220 - it outlives this test's loop only if the test fails
+        [*command, "--replica", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        while not (await asyncio.to_thread(mesh.status, mesh.root_address)).ranks[2].attached:
+            assert back.poll() is None
+            await asyncio.sleep(0.2)
+        done = asyncio.Event()
+        watching = asyncio.create_task(watch(mesh, done))
+        answers = await through_mesh(mesh, group.wave[:12], concurrent=12, new_tokens=NEW_TOKENS)
+        done.set()
+        assert [tokens for tokens, _ in answers] == group.truth[:12]
+        assert any(ranks[2].sequences for ranks in await watching)
+
+        # (6) Told to stop, it leaves the group first: nobody's tokens change.
+        wave = asyncio.create_task(through_mesh(mesh, group.wave[:12], concurrent=12, new_tokens=NEW_TOKENS))
+        await asyncio.sleep(random.uniform(0.5, 1.5))
+        back.terminate()
+        assert [tokens for tokens, _ in await wave] == group.truth[:12]
+        assert await asyncio.to_thread(back.wait, 30) == 0
+    finally:
+        back.kill()
