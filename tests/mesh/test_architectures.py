@@ -1,0 +1,100 @@
+"""Other models than the embedded one decode on ranks as a plain engine does: small ones with random weights."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.engine_group import engine_group
+from tests.conftest import free_port
+from tests.mesh.test_exactness import plain_engine
+from tokenmesh.config import MeshConfig
+
+NEW_TOKENS = 12
+SIZES: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+}
+
+
+def save_model(kind: str, folder: Path) -> str:
+    """A model of this kind with seeded random weights; returns its folder."""
+    import torch
+    import transformers
+
+    torch.manual_seed(5)
+    kinds: dict[str, Any] = {
+        "qwen3": lambda: transformers.Qwen3Config(**SIZES, head_dim=32),
+        "mistral, windowed": lambda: transformers.MistralConfig(**SIZES, head_dim=32, sliding_window=256),
+        "mixtral": lambda: transformers.MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),
+    }
+    config = kinds[kind]()
+    config.initializer_range = 0.5
+    model = transformers.AutoModelForCausalLM.from_config(config).float()
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def mesh_of(model: str, tensor_parallel: int, exchange: str) -> MeshConfig:
+    """A root and one other rank, no prefill service."""
+    return MeshConfig(
+        model=model,
+        dtype="float32",
+        max_model_len=2048,
+        decode_service={
+            "port": free_port(),
+            "token_parallel_size": 2,
+            "tensor_parallel_size": tensor_parallel,
+            "cpu_omp_threads_bind": "|".join(["0"] * tensor_parallel),
+            "enforce_eager": True,
+            "kv_cache_memory_bytes": 64 << 20,
+            "max_num_batched_tokens": 256,
+            "engine_args": {"skip_tokenizer_init": True} if model != "smollm2-135m-instruct" else {},
+            "group": {"exchange": exchange},
+        },
+        decode_worker={
+            "port": free_port(),
+            "poll_s": 0,
+            "kv_cache_memory_bytes": 64 << 20,
+        },
+    )
+
+
+def random_prompts(vocabulary: int) -> list[list[int]]:
+    """Around block edges, longer than a step, and two that share a prefix."""
+    source = random.Random(3)
+    lengths = [1, 30, 127, 128, 129, 256, 300, 700]
+    found = [source.choices(range(5, vocabulary), k=length) for length in lengths]
+    return [*found, found[6][:256] + found[1], found[6][:256] + found[2]]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kind", ["qwen3", "mistral, windowed"])
+def test_another_architecture(kind: str, tmp_path: Path) -> None:
+    # (1) The truth, from a plain engine.
+    model = save_model(kind, tmp_path / "model")
+    wave = random_prompts(SIZES["vocab_size"])
+    truth = plain_engine(wave, "float32", tmp_path, NEW_TOKENS, model)
+    assert len({tuple(tokens) for tokens in truth}) > 5
+
+    # (2) The same on two ranks, the second one inside the root's process.
+    async def on_ranks() -> tuple[list[list[int]], int]:
+        async with engine_group(mesh_of(model, 1, "local"), tmp_path / "group") as group:
+            streams = await group.generate(wave, NEW_TOKENS)
+            await asyncio.sleep(0.6)
+            await group.generate(wave[:2], 2)
+            return [stream.tokens for stream in streams], group.group.stats.steps
+
+    tokens, steps = asyncio.run(on_ranks())
+    assert tokens == truth
+    assert steps > 0
