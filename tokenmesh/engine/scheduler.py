@@ -124,13 +124,19 @@ class _Ranked(Scheduler):
             self.running = [request for request in self.running if request not in orphans]
         # Last first, so that they wait in the order in which they ran.
         for request in reversed(running):
-            # What is in flight for it was computed without its KV.
-            self._preempt_request(request, now, drop_stale_output=True)
+            self._preempt_request(request, now)
             self.prev_step_scheduled_req_ids.discard(request.request_id)
         for request in orphans:
             self._forget_kv(request)
         log.warning("rank lost", rank=rank, reason=reason, recomputed=len(running))
         self._half.tell(RankDetached(rank, epoch, reason, len(running)))
+
+    def _preempt_request(self, request: Request, timestamp: float, drop_stale_output: bool = True) -> None:
+        """As in vLLM, but what is in flight is never delivered.
+
+        Its rank may be lost in that very step, and by then nobody would know that the request lived there.
+        """
+        super()._preempt_request(request, timestamp, drop_stale_output=True)
 
     def _forget_kv(self, request: Request) -> None:
         """Takes a waiting request's blocks away if nobody writes to them any more.

@@ -13,9 +13,10 @@ def split_blocks(total: int, ranks: int, root_share: float = 1.0) -> list[int]:
     """
     if ranks < 1 or not 0 < root_share <= 1:
         raise ValueError(f"cannot split over {ranks} ranks with a root share of {root_share:g}")
-    root = int(total * root_share / (root_share + ranks - 1)) if root_share < 1 else 0
-    rest, first = (total - root, 1) if root else (total, 0)
-    each, remainder = divmod(rest, ranks - first) if ranks > first else (0, 0)
+    # Alone, or with an equal part, the root is like any other rank.
+    first = int(root_share < 1 and ranks > 1)
+    root = int(total * root_share / (root_share + ranks - 1)) if first else 0
+    each, remainder = divmod(total - root, ranks - first)
     blocks = [root] * first + [each + (i < remainder) for i in range(ranks - first)]
     if not all(blocks):
         raise ValueError(f"{total} blocks are too few for {ranks} ranks")

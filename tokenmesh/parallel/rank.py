@@ -19,7 +19,7 @@ class LayerSpec(msgspec.Struct, frozen=True):
 
     scale: float
     sliding_window: int = -1
-    """Tokens that a token sees, itself included, less one; -1: all. As vLLM's kernels take it."""
+    """Tokens that a token sees, itself included; -1: all. As vLLM's kernels take it."""
     softcap: float = 0.0
     """Bound of the logits; 0: none."""
 
