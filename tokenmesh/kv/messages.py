@@ -265,6 +265,10 @@ class ShardClosed(msgspec.Struct, frozen=True, tag=True, gc=False):
     reason: str
 
 
+NOT_OPEN = "not open"
+"""The reason in an answer to CloseShard that crossed with the shard's own report."""
+
+
 # To an engine worker.
 
 

@@ -17,6 +17,7 @@ from services.decode.worker.processes import ShardProcesses
 from tokenmesh.config import DecodeWorkerConfig
 from tokenmesh.kv.geometry import BlockGeometry
 from tokenmesh.kv.messages import (
+    NOT_OPEN,
     CloseShard,
     Expect,
     FromShard,
@@ -103,10 +104,11 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             case ShardUp() | ShardOpen() | ShardZeroed():
                 self._resolve(message)
             case ShardClosed():
-                if not self._resolve(message) and self.attached is not None:
+                # An answer that nobody waits for any more says nothing about whoever is attached by now.
+                if not self._resolve(message) and self.attached is not None and message.reason != NOT_OPEN:
                     # Not our doing: the root has gone, or never came.
                     task = asyncio.ensure_future(self._close(message.reason))
-                    task.add_done_callback(lambda t: t.exception())
+                    task.add_done_callback(lambda t: t.cancelled() or t.exception())
             case _:
                 log.warning("unexpected message", message=type(message).__name__)
 
@@ -120,10 +122,16 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     async def _answers(self, kind: type, order: Any, shards: Sequence[int], timeout: float) -> list[Any]:
         """Sends an order to shards and waits for an answer of one kind from each. Raises TimeoutError."""
         loop = asyncio.get_running_loop()
-        futures = [self._waiting.setdefault((kind, shard), loop.create_future()) for shard in shards]
+        futures = {shard: self._waiting.setdefault((kind, shard), loop.create_future()) for shard in shards}
         for shard in shards:
             self.shards.hub.send(f"shard-{shard}", order)
-        return await asyncio.wait_for(asyncio.gather(*futures), timeout)
+        try:
+            return await asyncio.wait_for(asyncio.gather(*futures.values()), timeout)
+        finally:
+            # Those without an answer are cancelled by now, and must not be waited for again.
+            for shard, future in futures.items():
+                if self._waiting.get((kind, shard)) is future:
+                    del self._waiting[kind, shard]
 
     async def Attach(self, request: worker_pb2.AttachRequest, context: Context[Any, Any]) -> worker_pb2.AttachResponse:
         """See worker.proto."""
@@ -254,8 +262,12 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         at = self._of(request.decode_root_id)
         busy = bool(at.tickets)
         if not busy:
-            answers = await self._answers(ShardZeroed, ZeroShard(), self.shards.numbers, ZERO_TIMEOUT_S)
-            busy = not all(answer.ok for answer in answers)
+            try:
+                answers = await self._answers(ShardZeroed, ZeroShard(), self.shards.numbers, ZERO_TIMEOUT_S)
+                busy = not all(answer.ok for answer in answers)
+            except TimeoutError:
+                # A shard looks at its messages when it waits for the root's next one.
+                busy = True
         if busy:
             raise MeshError(grpc.StatusCode.FAILED_PRECONDITION, Reason.BUSY, "a step or a transfer is under way")
         return worker_pb2.ResetCacheResponse()
@@ -291,7 +303,8 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
 def _spec(request: worker_pb2.AttachRequest) -> tuple[RankSpec, BlockGeometry]:
     """The model as the rank knows it. Raises MeshError INVALID_ARGUMENT."""
     geometry, attention = BlockGeometry.from_proto(request.geometry), request.attention
-    sizes = (geometry.block_bytes, geometry.layers, attention.heads, attention.max_seqs, attention.max_tokens)
+    cache = (geometry.layers, geometry.kv_heads, geometry.head_size, geometry.block_size, geometry.block_bytes)
+    sizes = (*cache, attention.heads, attention.max_seqs, attention.max_tokens)
     problem = ""
     if not request.decode_root_id:
         problem = "decode_root_id is empty"

@@ -21,6 +21,7 @@ import structlog
 
 from tokenmesh.kv.hub import EngineLink
 from tokenmesh.kv.messages import (
+    NOT_OPEN,
     CloseShard,
     OpenShard,
     ShardClosed,
@@ -77,7 +78,7 @@ class Shard:
                     self._open(message)
                 elif isinstance(message, CloseShard):
                     # Crossed with our own report that we are closed.
-                    self._link.send(ShardClosed(self._args.shard, "not open"))
+                    self._link.send(ShardClosed(self._args.shard, NOT_OPEN))
 
     def _open(self, order: OpenShard) -> None:
         from tokenmesh.engine.cpu_kernel import UnsupportedAttentionError
