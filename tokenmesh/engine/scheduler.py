@@ -90,10 +90,7 @@ class _Ranked(Scheduler):
         """As in vLLM, after what the service has told about ranks."""
         for message in self._half.rank_messages():
             if isinstance(message, AttachRank):
-                self._drop_rank(message.rank, "replaced")
-                self.ledger.attach(message.rank, message.blocks)
-                self._half.rank_epochs[message.rank] = message.epoch
-                log.info("rank attached", rank=message.rank, blocks=message.blocks)
+                self._attach_rank(message)
             elif isinstance(message, DetachRank) and self._half.rank_epochs.get(message.rank) == message.epoch:
                 self._drop_rank(message.rank, message.reason)
         return super().schedule(*args, **kwargs)
@@ -110,6 +107,19 @@ class _Ranked(Scheduler):
                     self._drop_rank(rank, reason)
         outputs: dict[int, EngineCoreOutputs] = super().update_from_output(scheduler_output, model_runner_output)
         return outputs
+
+    def _attach_rank(self, message: AttachRank) -> None:
+        self._drop_rank(message.rank, "replaced")
+        try:
+            self.ledger.attach(message.rank, message.blocks)
+        except ValueError as error:
+            # An engine must not die of a rank that cannot be.
+            log.error("rank not attached", rank=message.rank, error=str(error))  # noqa: TRY400 - it says it all
+            self._half.dropped.append((message.rank, message.epoch))
+            self._half.tell(RankDetached(message.rank, message.epoch, str(error), 0))
+            return
+        self._half.rank_epochs[message.rank] = message.epoch
+        log.info("rank attached", rank=message.rank, blocks=message.blocks)
 
     def _drop_rank(self, rank: int, reason: str) -> None:
         """Takes a rank out and puts its sequences back into the queue, to be computed again on others."""

@@ -49,6 +49,7 @@ class Rank:
     stub: worker_pb2_grpc.WorkerServiceStub | None = None
     attached: bool = False
     epoch: int = 0
+    blocks: int = 0
     owner: KvOwner | None = None
     transport: str = ""
     error: str = "not attached yet"
@@ -129,7 +130,7 @@ class Group:
     def _let_go(self, rank: Rank, reason: str) -> None:
         if rank.attached:
             log.warning("rank detached", rank=rank.rank, worker=rank.address, reason=reason)
-        rank.attached, rank.owner, rank.error = False, None, reason
+        rank.attached, rank.owner, rank.blocks, rank.error = False, None, 0, reason
         rank.changed.set()
 
     # One keeper per rank.
@@ -161,7 +162,7 @@ class Group:
             raise MeshError(
                 grpc.StatusCode.UNAVAILABLE, Reason.RANK_UNREACHABLE, str(error).strip().splitlines()[-1]
             ) from error
-        rank.epoch, rank.transport, rank.error = join.epoch, transports[0], ""
+        rank.epoch, rank.blocks, rank.transport, rank.error = join.epoch, join.blocks, transports[0], ""
         rank.changed.clear()
         rank.attached = True
         self.engine.hub.send("scheduler", AttachRank(rank.rank, join.epoch, join.blocks))
@@ -173,7 +174,8 @@ class Group:
         blocks = self._blocks(rank.rank)
         group = self._config.group
         if rank.stub is None:
-            blocks = blocks or self.engine.counts.blocks_total
+            # As many as the root has, less the one that vLLM sets aside.
+            blocks = blocks or self.engine.llm.vllm_config.cache_config.num_gpu_blocks - 1
             return JoinRank(rank.rank, self._epochs, [], b"", group.transport, group.timeout_s, blocks)
         assert self._spec is not None
         request = worker_pb2.AttachRequest(
@@ -256,7 +258,10 @@ class Group:
             admin_pb2.RankStatus(
                 rank=rank.rank,
                 address=rank.address,
-                attached=rank.attached and rank.rank in counts,
+                attached=rank.attached,
+                # The ledger takes a rank in at its next step; until then nobody lives there.
+                blocks_total=rank.blocks,
+                blocks_free=rank.blocks,
                 exchange_transport=rank.transport,
                 error=rank.error,
             )
