@@ -139,8 +139,7 @@ async def test_a_root_that_goes_away_frees_the_rank(worker: Worker, shards: tupl
     for shard in shards:
         worker.shards.is_open[shard] = False
         worker.servicer.handle(ShardClosed(shard, "root gone: reset"))
-    await worker.servicer.drained(5)
-    assert worker.servicer.attached is None
+    assert await worker.servicer.alone(5)
     # (2) All of them are closed, and the next root gets in.
     await worker.closed()
     assert len(worker.shards.told(CloseShard)) == 2

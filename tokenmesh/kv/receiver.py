@@ -104,6 +104,7 @@ class Receiver:
     async def serve(self, endpoint: UcxEndpoint) -> None:
         """Reads one sender's messages until it goes away; the caller closes the endpoint."""
         applied: set[asyncio.Task[None]] = set()
+        relayed: set[asyncio.Task[None]] = set()
         raw = np.empty(HEADER_BYTES, dtype=np.uint8)
         try:
             while True:
@@ -121,18 +122,30 @@ class Receiver:
                 elif header.kind is Kind.COMMIT:
                     await asyncio.gather(*applied)
                     if header.transfer_id in self._relays:
-                        whole = await self._relays.commit(header)
-                    else:
-                        ticket = self._tickets.get(header.transfer_id)
-                        whole = header.intact() and ticket is not None and ticket.complete
-                    answer = Header(Kind.RECEIPT, header.transfer_id, first=int(whole))
-                    await endpoint.send(answer.sealed().to_buffer(), HEADER_CHANNEL)
+                        # The owner may be slow, and this sender's other transfers must not wait for it.
+                        task = asyncio.create_task(self._relay_commit(header, endpoint))
+                        relayed.add(task)
+                        task.add_done_callback(relayed.discard)
+                        continue
+                    ticket = self._tickets.get(header.transfer_id)
+                    whole = header.intact() and ticket is not None and ticket.complete
+                    await self._answer(header, whole, endpoint)
         except WireError as error:
             log.warning("kv sender out of step", error=str(error))
         except UcxError as error:
             log.info("kv sender gone", error=str(error))
         finally:
-            await asyncio.gather(*applied, return_exceptions=True)
+            await asyncio.gather(*applied, *relayed, return_exceptions=True)
+
+    @staticmethod
+    async def _answer(header: Header, whole: bool, endpoint: UcxEndpoint) -> None:
+        answer = Header(Kind.RECEIPT, header.transfer_id, first=int(whole))
+        await endpoint.send(answer.sealed().to_buffer(), HEADER_CHANNEL)
+
+    async def _relay_commit(self, header: Header, endpoint: UcxEndpoint) -> None:
+        whole = await self._relays.commit(header)
+        with contextlib.suppress(UcxError):
+            await self._answer(header, whole, endpoint)
 
     async def _receive(self, received: asyncio.Future[None], header: Header, staging: Buffer, transport: str) -> None:
         ticket = self._tickets.get(header.transfer_id)

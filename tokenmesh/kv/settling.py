@@ -41,6 +41,8 @@ class Settling:
 
     async def settle(self, hub: LinkHub, shards: Sequence[int], transfer_id: bytes) -> Outcome:
         """Closes a ticket on every shard. When it returns, nothing can be written under it any more."""
+        if transfer_id in self._waiting:
+            return Outcome(False, "it is being settled already", kv_pb2.KvReceipt())
         loop = asyncio.get_running_loop()
         waiting = self._waiting[transfer_id] = {shard: loop.create_future() for shard in shards}
         try:

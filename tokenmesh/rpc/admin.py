@@ -68,6 +68,16 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         self, request: admin_pb2.ResetPrefixCacheRequest, context: Context[Any, Any]
     ) -> admin_pb2.ResetPrefixCacheResponse:
         """See admin.proto."""
-        if len(self._requests) or (self._reset is not None and not await self._reset()):
+        if len(self._requests) or not await self._reset_alone():
             raise MeshError(grpc.StatusCode.FAILED_PRECONDITION, Reason.BUSY, "blocks are still in use")
         return admin_pb2.ResetPrefixCacheResponse()
+
+    async def _reset_alone(self) -> bool:
+        """Resets while no request is let in: one that came meanwhile would find its blocks overwritten."""
+        if self._reset is None:
+            return True
+        before, self._requests.draining = self._requests.draining, True
+        try:
+            return await self._reset()
+        finally:
+            self._requests.draining = before

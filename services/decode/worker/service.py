@@ -230,12 +230,16 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     async def leave(self, timeout: float) -> int:
         """Refuses roots from now on and waits until ours, which sees that, has let us go. Returns how many remain."""
         self.draining = True
+        return int(not await self.alone(timeout))
+
+    async def alone(self, timeout: float) -> bool:
+        """Waits until no root is attached; False if the time is up before."""
         deadline = time.monotonic() + timeout
         while self.attached is not None and time.monotonic() < deadline:
             self._left.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._left.wait(), max(0.0, deadline - time.monotonic()))
-        return int(self.attached is not None)
+        return self.attached is None
 
     async def GetStats(
         self, request: worker_pb2.GetStatsRequest, context: Context[Any, Any]
