@@ -36,7 +36,13 @@ def mesh_config(dtype: str = "float32", **sections: object) -> MeshConfig:
         max_model_len=4096,
         gateway={"port": free_port(), "grpc_port": free_port()},
         prefill_service={"port": free_port(), "cpu_omp_threads_bind": "1", **engine},
-        decode_service={"port": free_port(), "cpu_omp_threads_bind": "0", **engine},
+        decode_service={
+            "port": free_port(),
+            "cpu_omp_threads_bind": "0",
+            # Three engines and a test client on two cores: a rank may have to wait long for its turn.
+            "group": {"timeout_s": 30},
+            **engine,
+        },
         decode_worker={
             "port": free_port(),
             "cpu_omp_threads_bind": "1",

@@ -25,7 +25,7 @@ RANKS = 3
 BLOCKS = 32
 """Of the whole group: 11, 11 and 10."""
 NEW_TOKENS = 24
-TIMEOUT_S = 5.0
+TIMEOUT_S = 15.0
 
 
 @dataclass(frozen=True)

@@ -142,6 +142,15 @@ class UcxExchange:
         except Exception as error:
             raise PeerLostError(f"{type(error).__name__}: {error}") from error
 
+    def flush(self) -> None:
+        """Progresses UCX until the last message is out. A large one needs that; nothing moves while its sender sleeps.
+
+        Raises PeerLostError.
+        """
+        if self._sent is not None:
+            self._until_completed(self._sent[0])
+            self._sent = None
+
     def start_receive(self, data: torch.Tensor) -> Any:
         """Posts a receive; its `completed` turns true as UCX is progressed. Raises PeerLostError."""
         if self._raw is None:
@@ -155,7 +164,9 @@ class UcxExchange:
 
     def receive(self, data: torch.Tensor) -> None:
         """See `Exchange`. Polls: a step waits for microseconds."""
-        request = self.start_receive(data)
+        self._until_completed(self.start_receive(data))
+
+    def _until_completed(self, request: Any) -> None:
         progress = self._loop.worker.progress
         deadline = None if self._deadline_s is None else time.monotonic() + self._deadline_s
         while not request.completed:

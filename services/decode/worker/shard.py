@@ -39,6 +39,8 @@ ROOT_WAIT_S = 30.0
 """A root that attached and does not connect for this long is forgotten."""
 SLICE_S = 0.05
 """Longest sleep between two looks at the service's messages."""
+NAP_S = 0.0002
+"""Between two looks at a large message under way."""
 STATE_S = 0.5
 
 
@@ -138,6 +140,7 @@ class Shard:
                 answer = protocol.received()
                 if answer is not None:
                     pair.send(answer)
+                    pair.flush()
                     if protocol.refused:
                         # Time for the root to hear why.
                         loop.sleep(SLICE_S)
@@ -149,14 +152,25 @@ class Shard:
 
     def _wait(self, request: Any, loop: Any, partition: Partition) -> None:
         """Until the message is there or the service wants us to close."""
+        from tokenmesh.parallel.ucx_exchange import EAGER_BYTES
+
         progress = loop.worker.progress
         # Between steps the root's other processes have work to do, perhaps on this core.
         poll_until = time.monotonic() + (0.0 if partition.protocol.idle else self._args.poll_s)
+        # A large message comes in many pieces, and not every piece wakes a sleeper.
+        bulk = partition.protocol.expects.numel() > EAGER_BYTES
+        looked = time.monotonic()
         while not request.completed:
             progress()
             if request.completed or time.monotonic() < poll_until:
                 continue
-            loop.sleep(SLICE_S)
+            if bulk:
+                time.sleep(NAP_S)
+                if time.monotonic() - looked < SLICE_S:
+                    continue
+                looked = time.monotonic()
+            else:
+                loop.sleep(SLICE_S)
             self._look(partition, partition.protocol.idle)
             if self._closing:
                 return
