@@ -35,8 +35,6 @@ def save_model(kind: str, folder: Path) -> str:
     torch.manual_seed(5)
     kinds: dict[str, Any] = {
         "qwen3": lambda: transformers.Qwen3Config(**SIZES, head_dim=32),
-        "mistral, windowed": lambda: transformers.MistralConfig(**SIZES, head_dim=32, sliding_window=256),
-        "mixtral": lambda: transformers.MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),
     }
     config = kinds[kind]()
     config.initializer_range = 0.5
@@ -79,7 +77,7 @@ def random_prompts(vocabulary: int) -> list[list[int]]:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("kind", ["qwen3", "mistral, windowed"])
+@pytest.mark.parametrize("kind", ["qwen3"])
 def test_another_architecture(kind: str, tmp_path: Path) -> None:
     # (1) The truth, from a plain engine.
     model = save_model(kind, tmp_path / "model")
