@@ -35,9 +35,10 @@ def mesh_config(dtype: str = "float32", **sections: object) -> MeshConfig:
         dtype=dtype,
         max_model_len=4096,
         gateway={"port": free_port(), "grpc_port": free_port()},
-        prefill_service={"port": free_port(), "cpu_omp_threads_bind": "1", **engine},
+        prefill_service={"port": free_port(), "cpus": "1", "cpu_omp_threads_bind": "1", **engine},
         decode_service={
             "port": free_port(),
+            "cpus": "0",
             "cpu_omp_threads_bind": "0",
             # Three engines and a test client on two cores: a rank may have to wait long for its turn.
             "group": {"timeout_s": 30},
@@ -45,6 +46,7 @@ def mesh_config(dtype: str = "float32", **sections: object) -> MeshConfig:
         },
         decode_worker={
             "port": free_port(),
+            "cpus": "1",
             "cpu_omp_threads_bind": "1",
             "poll_s": 0,
             "kv_cache_memory_bytes": KV_BYTES,

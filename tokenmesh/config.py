@@ -11,13 +11,23 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
+
+from tokenmesh.cpus import parse_cpus
 
 EMBEDDED_MODEL = "smollm2-135m-instruct"
 """Name of the model that installs with the package and needs no hub."""
 
 Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+def _is_cpu_list(text: str) -> str:
+    parse_cpus(text)
+    return text
+
+
+CpuList = Annotated[str, AfterValidator(_is_cpu_list)]
 
 
 class ConfigError(Exception):
@@ -72,6 +82,9 @@ class EngineConfig(_Section):
     enable_prefix_caching: bool = True
     enforce_eager: bool = False
     seed: int = 0
+    cpus: CpuList | None = None
+    """Cores of all processes of this service, as a cpuset would give them, e.g. ``0-15``. For services that share a
+    host; absent: all. Threads that compute are bound within it by ``cpu_omp_threads_bind``."""
     cpu_omp_threads_bind: str | None = None
     """Cores of this engine on a CPU host, e.g. ``0-15``, or ``nobind``; as VLLM_CPU_OMP_THREADS_BIND. Absent: vLLM
     chooses."""
@@ -135,6 +148,8 @@ class DecodeWorkerConfig(_Section):
     """gRPC port of replica 0; replica i listens on port + i. The workers of one root follow each other."""
     kv_cache_memory_bytes: Annotated[int, Field(ge=1)] = 1 << 30
     """Size of each shard's partition."""
+    cpus: CpuList | None = None
+    """Cores of all processes of this service, as for engines."""
     cpu_omp_threads_bind: str | None = None
     """Cores on a CPU host, e.g. ``16-31``; shards are separated by ``|``. Absent: all."""
     poll_s: Annotated[float, Field(ge=0)] = 0.002

@@ -74,7 +74,7 @@ def vllm_config(model: Path, root_blocks: int, ahead: bool, caching: bool) -> Vl
             kv_connector="TokenParallelKVConnector",
             kv_role="kv_consumer",
             kv_load_failure_policy="recompute",
-            kv_connector_extra_config=ConnectorSettings("", "h", 0, "auto", 1, 1).to_extra_config(),
+            kv_connector_extra_config=ConnectorSettings("", "h", 0, "auto", 1, 1, [0]).to_extra_config(),
         ),
     )
 

@@ -75,6 +75,7 @@ class LocalMover:
             self._transport,
             1 << 20,
             4,
+            sorted(os.sched_getaffinity(0)),
         )
         command = [sys.executable, "-m", "tokenmesh.kv.mover", msgspec.json.encode(args).decode()]
         self.process = subprocess.Popen(  # noqa: ASYNC220 - as the engine worker does

@@ -34,7 +34,7 @@ class Engine:
         self.sent: list[ToService] = []
         link = SimpleNamespace(send=self.sent.append, close=lambda: None)
         monkeypatch.setattr("tokenmesh.engine.producer.EngineLink", lambda *_: link)
-        self.scheduler = ProducerScheduler(ConnectorSettings("", "h", 0, "auto", 1, 1), BLOCK)
+        self.scheduler = ProducerScheduler(ConnectorSettings("", "h", 0, "auto", 1, 1, [0]), BLOCK)
         self.manager = FakeManager()
         self.scheduler.kv_cache_manager = self.manager  # type: ignore[assignment]
         blocks = -(-prompt // BLOCK)

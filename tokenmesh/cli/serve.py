@@ -12,7 +12,8 @@ from pathlib import Path
 import structlog
 import uvloop
 
-from tokenmesh.config import ConfigError, load_config
+from tokenmesh.config import ConfigError, MeshConfig, load_config
+from tokenmesh.cpus import confine
 from tokenmesh.logs import setup_logging
 from tokenmesh.model_store import ModelNotFoundError
 from tokenmesh.rpc.server import PortInUseError
@@ -44,6 +45,11 @@ def serve(role: ServiceRole, config: Path | None, replica: int) -> int:
     except ConfigError as error:
         print(f"tokenmesh: {error}", file=sys.stderr)
         return 2
+    try:
+        confine(_cpus(mesh, role))
+    except ValueError as error:
+        print(f"tokenmesh: {role.value}: {error}", file=sys.stderr)
+        return 2
     setup_logging(mesh.log.level, mesh.log.format, role=role.value, replica=replica)
     # Imported late: a gateway must not pay for engines, nor a bad configuration for any of them.
     module = importlib.import_module(_MODULES[role])
@@ -65,3 +71,12 @@ def serve(role: ServiceRole, config: Path | None, replica: int) -> int:
         print(f"tokenmesh: {role.value} failed: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _cpus(mesh: MeshConfig, role: ServiceRole) -> str | None:
+    sections = {
+        ServiceRole.PREFILL: mesh.prefill_service,
+        ServiceRole.DECODE_ROOT: mesh.decode_service,
+        ServiceRole.DECODE_WORKER: mesh.decode_worker,
+    }
+    return sections[role].cpus if role in sections else None

@@ -10,6 +10,7 @@ process. Each delegates to a half that knows one role of one side:
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorTransferResults,
     KVConnectorWorkerMetadata,
 )
+from vllm.platforms import current_platform
 
 from tokenmesh.engine.consumer import ConsumerScheduler, ConsumerWorker
 from tokenmesh.engine.producer import ProducerScheduler, ProducerWorker
@@ -35,6 +37,10 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 
+POLLING_NICENESS = 10
+"""Of the engine core's thread on CPUs."""
+
+
 class TokenParallelKVConnector(KVConnectorBase_V1):
     """See the module's docstring; method contracts are vLLM's."""
 
@@ -47,6 +53,9 @@ class TokenParallelKVConnector(KVConnectorBase_V1):
         producer = self._kv_transfer_config.is_kv_producer
         if role is KVConnectorRole.SCHEDULER:
             self._scheduler = (ProducerScheduler if producer else ConsumerScheduler)(settings, block_size)
+            if current_platform.is_cpu():
+                # vLLM polls for the end of a step here, which must not take time from those who compute it.
+                os.setpriority(os.PRIO_PROCESS, 0, POLLING_NICENESS)
         else:
             self._worker = (ProducerWorker if producer else ConsumerWorker)(settings, vllm_config)
 

@@ -118,6 +118,7 @@ async def run_engine(
             transport=transfer.transport,
             chunk_bytes=transfer.chunk_bytes,
             window=transfer.window,
+            cpus=sorted(os.sched_getaffinity(0)),
             remote_prefill_min_tokens=section.remote_prefill_min_tokens if isinstance(section, DecodeConfig) else 1,
             placement=section.group.placement if isinstance(section, DecodeConfig) else "balance",
         )

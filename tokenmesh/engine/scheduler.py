@@ -8,7 +8,6 @@ step computed for them is dropped, so that vLLM computes them again elsewhere.
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -31,10 +30,6 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 
-POLLING_NICENESS = 10
-"""Of the engine core's thread."""
-
-
 class UnsupportedModelError(Exception):
     """This model's KV cache cannot be spread over ranks; the message says why."""
 
@@ -48,8 +43,6 @@ class _Ranked(Scheduler):
             raise UnsupportedModelError("token parallelism needs a model with one kind of attention cache")
         if self.num_spec_tokens:
             raise UnsupportedModelError("token parallelism does not support speculative decoding yet")
-        # vLLM polls for the end of a step; where cores are few, that must not take time from those who compute it.
-        os.setpriority(os.PRIO_PROCESS, 0, POLLING_NICENESS)
         self.running: list[Request]
         stock: KVCacheManager = self.kv_cache_manager
         self.ledger = Ledger(

@@ -32,6 +32,8 @@ class ConnectorSettings(msgspec.Struct, frozen=True):
     transport: str
     chunk_bytes: int
     window: int
+    cpus: list[int]
+    """Cores of the service."""
     remote_prefill_min_tokens: int = 1
     """Consumers only: fewer missing prompt tokens are computed locally."""
     placement: Policy = "balance"

@@ -64,6 +64,7 @@ class SharedKv:
             transport=settings.transport,
             chunk_bytes=settings.chunk_bytes,
             window=settings.window,
+            cpus=settings.cpus,
         )
         os.set_inheritable(fd, True)
         # Its standard input is our lifeline: when this process ends, however it ends, the pipe closes.

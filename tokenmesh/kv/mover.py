@@ -63,6 +63,8 @@ class MoverArgs(msgspec.Struct, frozen=True):
     transport: str
     chunk_bytes: int
     window: int
+    cpus: list[int]
+    """Cores of the service."""
 
 
 async def _run(args: MoverArgs) -> None:
@@ -145,8 +147,8 @@ def main() -> None:
     """Entry point: ``python -m tokenmesh.kv.mover JSON``."""
     args = msgspec.json.decode(sys.argv[1], type=MoverArgs)
     setup_inherited_logging(process="mover", shard=args.shard)
-    # The worker that started us is pinned to its cores; we must not compete with it there.
-    os.sched_setaffinity(0, range(os.cpu_count() or 1))
+    # The thread that started us may be bound to a core where it computes; the service may have others.
+    os.sched_setaffinity(0, args.cpus)
     asyncio.run(_run(args))
 
 

@@ -187,3 +187,12 @@ class Receiver:
             return
         ticket.bad += 1
         self.counts[reason] += 1
+        log.warning(
+            "kv message dropped",
+            reason=reason,
+            transfer=header.transfer_id.hex()[:8],
+            sequence=header.sequence,
+            layer=header.layer,
+            first=header.first,
+            blocks=header.blocks,
+        )

@@ -200,6 +200,8 @@ class HandOff:
             # Shielded: a cancelled request must not leave its ticket open.
             outcome = await asyncio.shield(owner.settle(transfer_id))
         if call is not None:
+            if outcome.error:
+                log.info("kv owner's view", transfer=transfer_id.hex()[:8], error=outcome.error)
             raise call
         if not outcome.complete:
             raise MeshError(grpc.StatusCode.INTERNAL, Reason.KV_TRANSFER_FAILED, outcome.error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import structlog
 
 from services.decode.worker.shard import ShardArgs
 from tokenmesh.config import ConfigError, DecodeWorkerConfig, GroupConfig
+from tokenmesh.cpus import parse_cpus
 from tokenmesh.kv.hub import LinkHub
 from tokenmesh.kv.messages import ShardUp, ToService
 
@@ -68,6 +70,7 @@ class ShardProcesses:
             shard=shard,
             hub=self.hub.address,
             cores=_cores(config.cpu_omp_threads_bind, shard),
+            cpus=sorted(os.sched_getaffinity(0)),
             host=config.host,
             exchange_port=config.exchange_port + number if config.exchange_port else 0,
             exchange_transport=self._group.transport,
@@ -102,11 +105,6 @@ def _cores(bind: str | None, shard: int) -> list[int]:
     if bind is None or bind in ("auto", "nobind"):
         return []
     try:
-        part = bind.split("|")[shard]
-        cores: list[int] = []
-        for piece in part.split(","):
-            first, _, last = piece.partition("-")
-            cores += range(int(first), int(last or first) + 1)
+        return sorted(parse_cpus(bind.split("|")[shard]))
     except (IndexError, ValueError) as error:
         raise ConfigError(f"decode_worker.cpu_omp_threads_bind {bind!r} names no cores for shard {shard}") from error
-    return cores

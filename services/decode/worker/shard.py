@@ -51,6 +51,8 @@ class ShardArgs(msgspec.Struct, frozen=True):
     hub: str
     cores: list[int]
     """Cores to compute on; empty: all."""
+    cpus: list[int]
+    """Cores of the service."""
     host: str
     exchange_port: int
     exchange_transport: str
@@ -210,6 +212,7 @@ class Partition:
             transport=args.kv_transport,
             chunk_bytes=args.chunk_bytes,
             window=args.window,
+            cpus=args.cpus,
         )
         layers = {str(number): layer for number, layer in enumerate(self._kv)}
         self._shared = SharedKv(layers, order.geometry, settings, args.shard)

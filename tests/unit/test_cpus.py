@@ -1,0 +1,51 @@
+"""Lists of cores."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tokenmesh.config import ConfigError, MeshConfig, load_config
+from tokenmesh.cpus import confine, parse_cpus
+
+
+@pytest.mark.parametrize(
+    ("text", "cores"), [("0", {0}), ("0-3", {0, 1, 2, 3}), ("1,3-4, 9", {1, 3, 4, 9}), ("2-2", {2})]
+)
+def test_lists(text: str, cores: set[int]) -> None:
+    assert parse_cpus(text) == cores
+
+
+@pytest.mark.parametrize("text", ["", "a", "3-1", "1-", "-1", "1,,2", "0-99999999", "1.5"])
+def test_what_is_no_list_is_refused_with_its_text(text: str) -> None:
+    with pytest.raises(ValueError, match="no list of cores"):
+        parse_cpus(text)
+
+
+def test_a_bad_list_names_its_key(tmp_path: Path) -> None:
+    file = tmp_path / "mesh.yaml"
+    file.write_text("prefill_service: {cpus: all}\n")
+    with pytest.raises(ConfigError, match=r"prefill_service\.cpus"):
+        load_config(file)
+    assert MeshConfig(decode_service={"cpus": "0-1"}).decode_service.cpus == "0-1"
+
+
+def test_a_process_is_confined_with_all_that_it_starts() -> None:
+    core = min(os.sched_getaffinity(0))
+    code = (
+        "import os, subprocess, sys; from tokenmesh.cpus import confine; confine(sys.argv[1]);"
+        "subprocess.run([sys.executable, '-c', 'import os; print(os.sched_getaffinity(0))'], check=True)"
+    )
+    told = subprocess.run([sys.executable, "-c", code, str(core)], check=True, capture_output=True, text=True)
+    assert told.stdout.strip() == str({core})
+
+
+def test_cores_that_are_not_there_are_refused() -> None:
+    before = os.sched_getaffinity(0)
+    with pytest.raises(ValueError, match="none of the cores"):
+        confine("60000")
+    assert os.sched_getaffinity(0) == before
