@@ -53,12 +53,13 @@ def mesh_of(model: str, tensor_parallel: int, exchange: str) -> MeshConfig:
             "port": free_port(),
             "token_parallel_size": 2,
             "tensor_parallel_size": tensor_parallel,
-            "cpu_omp_threads_bind": "|".join(["0"] * tensor_parallel),
+            "cpu_omp_threads_bind": "|".join(str(shard % 2) for shard in range(tensor_parallel)),
             "enforce_eager": True,
             "kv_cache_memory_bytes": 64 << 20,
             "max_num_batched_tokens": 256,
             "engine_args": {"skip_tokenizer_init": True} if model != "smollm2-135m-instruct" else {},
-            "group": {"exchange": exchange},
+            # More shards than cores: a rank may have to wait long for its turn.
+            "group": {"exchange": exchange, "timeout_s": 30},
         },
         decode_worker={
             "port": free_port(),
@@ -96,3 +97,32 @@ def test_another_architecture(kind: str, tmp_path: Path) -> None:
     tokens, steps = asyncio.run(on_ranks())
     assert tokens == truth
     assert steps > 0
+
+
+TENSOR_PARALLEL = 3
+"""SmolLM2 has 9 heads and 3 KV heads."""
+
+
+@pytest.mark.timeout(900)
+def test_every_shard_of_the_root_has_a_shard_of_the_worker(tmp_path: Path) -> None:
+    # (1) The truth, from a plain engine with one shard.
+    wave = random_prompts(40_000)[1:7:2]
+    truth = plain_engine(wave, "float32", tmp_path, 6)
+
+    # (2) Three shards at the root, and a worker that learns from it that it needs three.
+    async def on_ranks() -> tuple[list[list[int]], int, list[float]]:
+        config = mesh_of("smollm2-135m-instruct", TENSOR_PARALLEL, "ucx")
+        async with engine_group(config, tmp_path / "group") as group:
+            streams = await group.generate(wave, 6)
+            await asyncio.sleep(0.6)
+            await group.generate(wave[:2], 2)
+            await asyncio.sleep(0.6)
+            stats = group.group.stats
+            return [stream.tokens for stream in streams], stats.steps, [t.attention_seconds[1] for t in group.times]
+
+    tokens, steps, attention = asyncio.run(on_ranks())
+
+    # (3) Token for token, and the worker's shards did their part.
+    assert tokens == truth
+    assert steps > 0
+    assert sum(attention) > 0

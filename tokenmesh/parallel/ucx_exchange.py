@@ -177,6 +177,8 @@ class UcxExchange:
             else:
                 if deadline is not None and time.monotonic() > deadline:
                     raise PeerLostError(f"silent for {self._deadline_s:g} s")
+                # The peer may be waiting for this very core.
+                os.sched_yield()
         self.finish(request)
 
     @staticmethod
