@@ -14,6 +14,7 @@ from pathlib import Path
 import grpc
 import pytest
 
+from tests.otlp import Receiver, receiving
 from tokenmesh.cli.mesh import Mesh
 from tokenmesh.config import MeshConfig, load_config
 from tokenmesh.v1 import admin_pb2, admin_pb2_grpc
@@ -149,7 +150,15 @@ def run_mesh(config: MeshConfig, logs: Path) -> Iterator[RunningMesh]:
 
 
 @pytest.fixture(scope="session")
-def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningMesh]:
+def spans() -> Iterator[Receiver]:
+    """What the services of the session's mesh record. Their spans arrive within a second."""
+    with receiving() as receiver, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", f"http://{receiver.address}")
+        yield receiver
+
+
+@pytest.fixture(scope="session")
+def mesh(tmp_path_factory: pytest.TempPathFactory, spans: Receiver) -> Iterator[RunningMesh]:
     """The session's mesh, in float32. With TOKENMESH_TEST_MESH=FILE an already running one is used instead."""
     if running := os.environ.get("TOKENMESH_TEST_MESH"):
         yield RunningMesh(load_config(Path(running)))

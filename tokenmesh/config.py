@@ -97,6 +97,9 @@ class EngineConfig(_Section):
     """gRPC port of replica 0; replica i listens on port + i."""
     replicas: Annotated[int, Field(ge=0)] = 1
     """How many of this service ``tokenmesh up`` starts and others expect."""
+    metrics_port: Port = 0
+    """HTTP port of replica 0's ``/metrics``; replica i listens on port + i. 0 picks a free one, which the service's
+    status names."""
     max_queue: Annotated[int, Field(ge=1)] = 256
     """Requests accepted and not finished; more are refused with RESOURCE_EXHAUSTED."""
     kv_transfer: KvTransferConfig = KvTransferConfig()
@@ -146,6 +149,8 @@ class DecodeWorkerConfig(_Section):
     """Address the gRPC server listens on and is reached at."""
     port: Port = 9300
     """gRPC port of replica 0; replica i listens on port + i. The workers of one root follow each other."""
+    metrics_port: Port = 0
+    """HTTP port of replica 0's ``/metrics``, as for engines."""
     kv_cache_memory_bytes: Annotated[int, Field(ge=1)] = 1 << 30
     """Size of each shard's partition."""
     cpus: CpuList | None = None
@@ -221,6 +226,13 @@ class LogConfig(_Section):
     format: Literal["json", "console"] = "json"
 
 
+class TelemetryConfig(_Section):
+    """Spans. Where they go besides the gateway, the standard OTEL_* variables say."""
+
+    traces: Literal["auto", "on", "off"] = "auto"
+    """``auto``: on if OTEL_EXPORTER_OTLP_ENDPOINT or OTEL_EXPORTER_OTLP_TRACES_ENDPOINT is set."""
+
+
 class MeshConfig(BaseSettings):
     """A whole mesh."""
 
@@ -244,6 +256,7 @@ class MeshConfig(BaseSettings):
     decode_service: DecodeConfig = DecodeConfig()
     decode_worker: DecodeWorkerConfig = DecodeWorkerConfig()
     log: LogConfig = LogConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
 
     @classmethod
     def settings_customise_sources(

@@ -38,6 +38,8 @@ class WorkContext:
     request_id: str
     traceparent: str
     tracestate: str = ""
+    has_parent: bool = True
+    """Whether `traceparent` names a span of somebody's; if not, it was drawn here, for its trace id alone."""
 
     @property
     def trace_id(self) -> str:
@@ -61,6 +63,7 @@ class WorkContext:
             traceparent=parent if valid else f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-01",
             # W3C lets a trace state of more than 512 characters be dropped.
             tracestate=state if len(state) <= 512 and _VALUE.fullmatch(state) else "",
+            has_parent=valid,
         )
 
 

@@ -33,7 +33,9 @@ _HTTP = {
 class MeshEngineClient(AsyncLLM):
     """AsyncLLM whose engine core is a mesh. Holds a tokenizer and no weights."""
 
-    def __init__(self, vllm_config: VllmConfig, config: GatewayConfig, router: Router, requests: RequestTable) -> None:
+    def __init__(
+        self, vllm_config: VllmConfig, config: GatewayConfig, model_name: str, router: Router, requests: RequestTable
+    ) -> None:
         # Not super().__init__(): it would start an engine process. What follows is the rest of it.
         self.vllm_config = vllm_config
         self.model_config = vllm_config.model_config
@@ -48,7 +50,7 @@ class MeshEngineClient(AsyncLLM):
             self.renderer.tokenizer, log_stats=True, stream_interval=vllm_config.scheduler_config.stream_interval
         )
         self._router = router
-        self.engine_core = MeshCore(config, router, requests, self._refused)
+        self.engine_core = MeshCore(config, model_name, router, requests, self._refused)
         self.logger_manager = StatLoggerManager(
             vllm_config=vllm_config, engine_idxs=[0], custom_stat_loggers=[], enable_default_loggers=False
         )

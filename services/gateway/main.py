@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 
 import structlog
-import uvicorn
 from vllm.usage.usage_lib import UsageContext
 
 from services.gateway import rest
@@ -19,7 +17,11 @@ from tokenmesh.lifecycle import RequestState, RequestTable
 from tokenmesh.logs import setup_inherited_logging
 from tokenmesh.model_store import resolve_model
 from tokenmesh.rpc.admin import AdminServicer
-from tokenmesh.rpc.server import PortInUseError, RpcServer
+from tokenmesh.rpc.http import HttpServer, bind
+from tokenmesh.rpc.server import RpcServer
+from tokenmesh.telemetry import metric_names
+from tokenmesh.telemetry.endpoint import exposed
+from tokenmesh.telemetry.status_metrics import StatusCollector
 from tokenmesh.v1 import admin_pb2, inference_pb2, inference_pb2_grpc
 
 log = structlog.get_logger()
@@ -33,7 +35,7 @@ async def serve(mesh: MeshConfig, replica: int, stop: asyncio.Event) -> None:
     Raises PortInUseError, ModelNotFoundError, ConfigError.
     """
     config = mesh.gateway
-    listener = _bind(config.host, config.port)
+    listener = bind(config.host, config.port)
     server = RpcServer(config.host, config.grpc_port)
     requests = RequestTable(MAX_REQUESTS)
     servicer = InferenceServicer(config, mesh.model_name)
@@ -50,6 +52,7 @@ async def serve(mesh: MeshConfig, replica: int, stop: asyncio.Event) -> None:
                 ready=bool(router.entry.usable()),
                 running=running,
                 waiting=len(requests) - running,
+                metrics_port=config.port,
                 peers=[
                     admin_pb2.Peer(role=role, address=peer.address, ready=peer.up)
                     for role, pool in pools
@@ -58,30 +61,30 @@ async def serve(mesh: MeshConfig, replica: int, stop: asyncio.Event) -> None:
             )
 
         AdminServicer(server, requests, describe)
+        counters = {metric_names.GATEWAY_REQUESTS: lambda: requests.outcomes}
+        server.metrics.add(StatusCollector(describe, counters))
         await server.start()
         try:
             model_path = await asyncio.to_thread(resolve_model, mesh.model)
             # The decode section decides lengths and dtype; no engine is started with it here.
             arguments = engine_args(mesh, mesh.decode_service, model_path, tensor_parallel_size=1)
             vllm_config = arguments.create_engine_config(UsageContext.OPENAI_API_SERVER)
-            client = MeshEngineClient(vllm_config, config, router, requests)
+            client = MeshEngineClient(vllm_config, config, mesh.model_name, router, requests)
             app = await rest.build(mesh, model_path, client)
             # Building vLLM's app imports packages that take over the root logger.
             setup_inherited_logging()
             servicer.attach(client)
-            http = uvicorn.Server(
-                uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=10, lifespan="on")
-            )
-            # Signals are ours: uvicorn must not end the process on its own.
-            http.install_signal_handlers = lambda: None  # type: ignore[attr-defined, method-assign]
-            serving = asyncio.create_task(http._serve([listener]))
-            health = asyncio.create_task(_follow_health(router, server))
-            log.info("gateway ready", rest=f"{config.host}:{config.port}", grpc=server.address, mode=config.mode)
-            await stop.wait()
-            health.cancel()
-            requests.draining = True
-            http.should_exit = True
-            await asyncio.gather(serving, server.stop(grace=10))
+            with exposed(server.metrics):
+                async with HttpServer(app, listener, grace=10, lifespan="on"):
+                    health = asyncio.create_task(_follow_health(router, server))
+                    log.info(
+                        "gateway ready", rest=f"{config.host}:{config.port}", grpc=server.address, mode=config.mode
+                    )
+                    await stop.wait()
+                    health.cancel()
+                    requests.draining = True
+                    stopping = asyncio.create_task(server.stop(grace=10))
+                await stopping
             client.shutdown()
         finally:
             await server.stop(grace=0)
@@ -96,16 +99,3 @@ async def _follow_health(router: Router, server: RpcServer) -> None:
             await (server.ready() if usable else server.not_ready())
             told = usable
         await asyncio.sleep(0.2)
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # With the protocol named, asyncio turns Nagle off on what it accepts; otherwise every answer waits 40 ms.
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except OSError as error:
-        raise PortInUseError(f"cannot listen on {host}:{port}: {error.strerror}") from error
-    listener.setblocking(False)
-    return listener

@@ -28,11 +28,13 @@ from vllm.v1.engine import (
 from vllm.v1.metrics.stats import PrefillStats
 from vllm.v1.outputs import LogprobsLists, LogprobsTensors
 
+from services.gateway.request_spans import SequenceSpan
 from services.gateway.router import Route, Router
 from tokenmesh.config import GatewayConfig
-from tokenmesh.context import outgoing_metadata
+from tokenmesh.context import adopt
 from tokenmesh.engine.sampling import from_vllm
 from tokenmesh.lifecycle import LiveRequest, RequestState, RequestTable
+from tokenmesh.rpc.calls import calling, start_call
 from tokenmesh.rpc.errors import MeshError, Reason, invalid
 from tokenmesh.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc, sampling_pb2
 
@@ -62,10 +64,16 @@ class MeshCore:
     resources = _Resources()
 
     def __init__(
-        self, config: GatewayConfig, router: Router, requests: RequestTable, fail: Callable[[str, MeshError], None]
+        self,
+        config: GatewayConfig,
+        model_name: str,
+        router: Router,
+        requests: RequestTable,
+        fail: Callable[[str, MeshError], None],
     ) -> None:
         """`fail` is told of sequences that a service refused; it must tell whoever waits for them."""
         self._config = config
+        self._model_name = model_name
         self._router = router
         self._requests = requests
         self._fail = fail
@@ -122,17 +130,22 @@ class MeshCore:
         tried: set[str] = set()
         refusal: MeshError | None = None
         try:
-            with self._requests.admit(live):
+            with SequenceSpan(self._model_name, request) as span, self._requests.admit(live):
+                if span.work is not None:
+                    adopt(span.work)
                 while True:
                     try:
+                        begun = time.monotonic()
                         with self._router.route(
                             request.prompt_token_ids or (), request.cache_salt or "", tried
                         ) as route:
                             tried.add(route.entry.address)
+                            span.routed(route, len(tried), begun)
                             serve = self._prefill_only if self._config.mode == "prefill" else self._decode
-                            async for output in serve(request, route):
+                            async for output in serve(request, route, span):
                                 if live.state is RequestState.ACCEPTED:
                                     route.prompt_done()
+                                    span.first_token()
                                     live.enter(RequestState.RUNNING)
                                     output.events = [
                                         EngineCoreEvent(EngineCoreEventType.QUEUED, queued),
@@ -156,7 +169,9 @@ class MeshCore:
             log.exception("sequence failed", sequence=request.request_id)
             self._fail(request.request_id, MeshError(grpc.StatusCode.INTERNAL, Reason.INTERNAL, "internal error"))
 
-    async def _decode(self, request: EngineCoreRequest, route: Route) -> AsyncIterator[EngineCoreOutput]:
+    async def _decode(
+        self, request: EngineCoreRequest, route: Route, span: SequenceSpan
+    ) -> AsyncIterator[EngineCoreOutput]:
         params = request.sampling_params
         assert params is not None
         with _passing_on():
@@ -171,14 +186,19 @@ class MeshCore:
                 local_reason=route.local_reason,
             )
         stub = decode_pb2_grpc.DecodeServiceStub(route.entry.channel)
-        call = stub.Generate(message, timeout=self._config.request_timeout_s, metadata=outgoing_metadata())
-        try:
-            async for response in call:
-                yield _output(request.request_id, response)
-        finally:
-            call.cancel()
+        with start_call("tokenmesh.v1.DecodeService/Generate", route.entry.address) as called:
+            metadata = called.work.to_metadata() if called.work is not None else []
+            call = stub.Generate(message, timeout=self._config.request_timeout_s, metadata=metadata)
+            try:
+                async for response in call:
+                    span.received(response)
+                    yield _output(request.request_id, response)
+            finally:
+                call.cancel()
 
-    async def _prefill_only(self, request: EngineCoreRequest, route: Route) -> AsyncIterator[EngineCoreOutput]:
+    async def _prefill_only(
+        self, request: EngineCoreRequest, route: Route, span: SequenceSpan
+    ) -> AsyncIterator[EngineCoreOutput]:
         """Mode `prefill`: the prompt enters a prefill service's cache; its first token is the whole answer."""
         with _passing_on():
             message = prefill_pb2.PrefillRequest(
@@ -189,7 +209,8 @@ class MeshCore:
                 priority=request.priority,
             )
         stub = prefill_pb2_grpc.PrefillServiceStub(route.entry.channel)
-        reply = await stub.Prefill(message, timeout=self._config.request_timeout_s, metadata=outgoing_metadata())
+        with calling("tokenmesh.v1.PrefillService/Prefill", route.entry.address) as metadata:
+            reply = await stub.Prefill(message, timeout=self._config.request_timeout_s, metadata=metadata)
         usage = sampling_pb2.Usage(prompt_tokens=len(request.prompt_token_ids or ()), cached_tokens=reply.cached_tokens)
         yield EngineCoreOutput(
             request_id=request.request_id,

@@ -20,6 +20,7 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from services.gateway.engine_client import MeshEngineClient
+from services.gateway.request_spans import HttpSpan
 from tokenmesh.config import ConfigError, GatewayConfig, MeshConfig
 from tokenmesh.context import REQUEST_ID, TRACEPARENT, WorkContext, bind
 
@@ -88,12 +89,23 @@ class Guard:
         # Downstream, vLLM names its request after this header; it must see the id that we made.
         others = [(k, v) for k, v in scope["headers"] if k.lower() != REQUEST_ID.encode()]
         scope = {**scope, "headers": [*others, (REQUEST_ID.encode(), work.request_id.encode())]}
+        with HttpSpan(scope, work) as span:
+            await self._serve(scope, receive, send, headers, span)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send, headers: Headers, span: HttpSpan) -> None:
+        work = span.work
+
+        async def watched() -> Message:
+            message = await receive()
+            span.received(message)
+            return message
 
         async def reply(message: Message) -> None:
             if message["type"] == "http.response.start":
                 out = MutableHeaders(scope=message)
                 out[REQUEST_ID] = work.request_id
                 out[TRACEPARENT] = work.traceparent
+            span.sent(message)
             await send(message)
 
         with bind(work):
@@ -101,7 +113,7 @@ class Guard:
             if refusal is not None:
                 await refusal(scope, receive, reply)
                 return
-            body = _LimitedBody(receive, self._limit)
+            body = _LimitedBody(watched, self._limit)
 
             async def checked_reply(message: Message) -> None:
                 # An application makes an answer of its own out of whatever stops its reading.

@@ -13,6 +13,9 @@ from tokenmesh.lifecycle import RequestState
 from tokenmesh.model_store import resolve_model
 from tokenmesh.rpc.admin import AdminServicer
 from tokenmesh.rpc.server import RpcServer
+from tokenmesh.telemetry import metric_names
+from tokenmesh.telemetry.endpoint import serve_metrics, shifted
+from tokenmesh.telemetry.status_metrics import StatusCollector
 from tokenmesh.v1 import admin_pb2, prefill_pb2, prefill_pb2_grpc
 
 log = structlog.get_logger()
@@ -26,10 +29,10 @@ async def serve(mesh: MeshConfig, replica: int, stop: asyncio.Event) -> None:
     config = mesh.prefill_service
     port = config.port + replica
     server = RpcServer(config.host, port)
-    servicer = PrefillServicer(config)
+    servicer = PrefillServicer(config, server.metrics)
     prefill_pb2_grpc.add_PrefillServiceServicer_to_server(servicer, server.server)
     server.add(prefill_pb2.DESCRIPTOR.services_by_name["PrefillService"].full_name)
-    ready = False
+    ready, metrics_port = False, 0
 
     def describe() -> admin_pb2.GetStatusResponse:
         counts = servicer.engine.counts if ready else None
@@ -47,16 +50,22 @@ async def serve(mesh: MeshConfig, replica: int, stop: asyncio.Event) -> None:
             kv_transfers=servicer.kv_transfers,
             kv_seconds=servicer.kv_seconds,
             kv_open=servicer.kv_open,
+            metrics_port=metrics_port,
         )
 
     async def reset() -> bool:
         return bool(await servicer.engine.llm.reset_prefix_cache())
 
     AdminServicer(server, servicer.requests, describe, reset)
+    counters = {metric_names.PREFILL_REQUESTS: lambda: servicer.requests.outcomes}
+    server.metrics.add(StatusCollector(describe, counters))
     await server.start()
     try:
         model_path = await asyncio.to_thread(resolve_model, mesh.model)
-        async with run_engine(mesh, config, model_path, replica, servicer.handle) as engine:
+        async with (
+            serve_metrics(server.metrics, config.host, shifted(config.metrics_port, replica)) as metrics_port,
+            run_engine(mesh, config, model_path, replica, servicer.handle) as engine,
+        ):
             servicer.attach(engine)
             ready = True
             await server.ready()

@@ -26,6 +26,10 @@ from tokenmesh.lifecycle import LiveRequest, RequestState, RequestTable
 from tokenmesh.prompts import check_prompt
 from tokenmesh.rpc.errors import MeshError, Reason, invalid, unavailable
 from tokenmesh.rpc.server import Context
+from tokenmesh.telemetry import metric_names, span_names
+from tokenmesh.telemetry.metrics import Metrics
+from tokenmesh.telemetry.tickets import receipt_attributes
+from tokenmesh.telemetry.tracing import Value, record, start
 from tokenmesh.v1 import kv_pb2, prefill_pb2, prefill_pb2_grpc
 
 log = structlog.get_logger()
@@ -65,8 +69,12 @@ class _Send:
 class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
     """See prefill.proto."""
 
-    def __init__(self, config: PrefillConfig) -> None:
+    def __init__(self, config: PrefillConfig, metrics: Metrics) -> None:
         self._config = config
+        self._queue_seconds = metrics.histogram(metric_names.QUEUE_SECONDS)
+        self._compute_seconds = metrics.histogram(metric_names.PREFILL_SECONDS)
+        self._prompt_tokens = metrics.counter(metric_names.PROMPT_TOKENS)
+        self._cached_tokens = metrics.counter(metric_names.CACHED_TOKENS)
         self.requests = RequestTable(config.max_queue, config.credits_per_root)
         self._sends: dict[bytes, _Send] = {}
         self._used: dict[bytes, None] = {}
@@ -211,6 +219,8 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             send = self._sends[target.transfer_id] = _Send(self._config.tensor_parallel_size)
             self._remember(target.transfer_id)
         compute = asyncio.create_task(self._generate(request, target, live))
+        push = start(span_names.KV_PUSH, _push_attributes(target)) if target is not None else None
+        failure: BaseException | None = None
         try:
             if send is not None:
                 # The transfer may end first: well, when the last layer beats the sampler, or badly.
@@ -222,7 +232,14 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
                 await send.done
                 if send.error:
                     raise _transfer_error(send.error)
+        except BaseException as error:
+            failure = error
+            raise
         finally:
+            if push is not None and send is not None:
+                if send.done.done() and not send.error:
+                    push.set(_receipt_attributes(send.receipt()))
+                push.end(failure)
             if not compute.done():
                 compute.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
@@ -232,13 +249,18 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
                 for shard in range(self._config.tensor_parallel_size):
                     self.engine.hub.send(f"mover-{shard}", CancelSend(target.transfer_id))
         stats = output.metrics
-        return prefill_pb2.PrefillResponse(
+        response = prefill_pb2.PrefillResponse(
             cached_tokens=output.num_cached_tokens or 0,
             first_token_id=output.outputs[0].token_ids[0],
             queue_seconds=stats.scheduled_ts - stats.queued_ts if stats else 0.0,
             compute_seconds=stats.first_token_ts - stats.scheduled_ts if stats else 0.0,
             receipt=send.receipt() if send is not None else None,
         )
+        self._queue_seconds.observe(response.queue_seconds)
+        self._compute_seconds.observe(response.compute_seconds)
+        self._prompt_tokens.inc(len(request.prompt_token_ids))
+        self._cached_tokens.inc(response.cached_tokens)
+        return response
 
     def _remember(self, transfer_id: bytes) -> None:
         self._used[transfer_id] = None
@@ -258,9 +280,34 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         if request.cache_salt:
             prompt["cache_salt"] = request.cache_salt
         live.enter(RequestState.RUNNING)
-        outputs = self.engine.llm.generate(prompt, params, live.request_id, priority=request.priority)
-        (output,) = [output async for output in outputs]
+        # Until it is known when vLLM began, all of it counts as the queue.
+        with start(span_names.QUEUE) as waiting:
+            outputs = self.engine.llm.generate(prompt, params, live.request_id, priority=request.priority)
+            (output,) = [output async for output in outputs]
+            stats = output.metrics
+            if stats is not None:
+                waiting.end(at=stats.scheduled_ts)
+                record(
+                    span_names.PREFILL_COMPUTE,
+                    stats.scheduled_ts,
+                    stats.first_token_ts,
+                    {
+                        span_names.GEN_AI_INPUT_TOKENS: live.prompt_tokens,
+                        span_names.GEN_AI_CACHED_TOKENS: output.num_cached_tokens or 0,
+                    },
+                )
         return output
+
+
+def _push_attributes(target: SendTo) -> dict[str, Value]:
+    return {
+        span_names.TRANSFER_ID: span_names.transfer_name(target.transfer_id),
+        span_names.KV_BLOCKS: target.num_blocks,
+    }
+
+
+def _receipt_attributes(receipt: kv_pb2.KvReceipt) -> dict[str, Value]:
+    return {**receipt_attributes(receipt), span_names.KV_EXPOSED_SECONDS: receipt.exposed_seconds}
 
 
 def _transfer_error(error: str) -> MeshError:

@@ -18,7 +18,9 @@ import pytest
 
 from tests.conftest import RunningMesh, free_port, mesh_config, run_mesh
 from tests.mesh.test_exactness import plain_engine, prompts, through_mesh
+from tests.otlp import Receiver
 from tokenmesh.config import MeshConfig
+from tokenmesh.telemetry import span_names as names
 from tokenmesh.v1 import admin_pb2
 
 RANKS = 3
@@ -39,7 +41,7 @@ class Group:
 
 
 @pytest.fixture(scope="module")
-def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Group]:
+def group(tmp_path_factory: pytest.TempPathFactory, spans: Receiver) -> Iterator[Group]:
     """KV goes through the root here; the session's mesh pushes it to its owners directly."""
     folder = tmp_path_factory.mktemp("ranks")
     base = mesh_config()
@@ -117,8 +119,9 @@ async def test_a_load_over_capacity_completes_by_queueing(group: Group) -> None:
 
 
 @pytest.mark.timeout(900)
-async def test_a_killed_rank_costs_time_and_no_token(group: Group) -> None:
+async def test_a_killed_rank_costs_time_and_no_token(group: Group, spans: Receiver) -> None:
     mesh = group.mesh
+    seen = len(spans.all())
     await asyncio.to_thread(mesh.reset_caches)
     before = await asyncio.to_thread(mesh.status, mesh.root_address)
 
@@ -142,6 +145,15 @@ async def test_a_killed_rank_costs_time_and_no_token(group: Group) -> None:
     after = await asyncio.to_thread(mesh.status, mesh.root_address)
     assert after.group.detached == before.group.detached + 1
     assert [rank.attached for rank in after.ranks] == [True, True, False]
+
+    # The traces are whole, tell of the loss, and call no sequence failed.
+    await asyncio.sleep(1.5)
+    traces = [spans.trace(trace_id) for trace_id in {span.trace_id for span in spans.all()[seen:]}]
+    decodes = [span for trace in traces for span in trace.named(names.DECODE)]
+    assert len(decodes) == len(group.wave)
+    assert not any(span.error for span in decodes)
+    assert any(names.RANK_LOST in span.events for span in decodes)
+    assert [name for trace in traces for name in trace.orphans(set())] == []
 
     # (4) Nothing is left, on the prefill service neither.
     assert not any((await asyncio.to_thread(mesh.wait_idle)).values())

@@ -204,6 +204,8 @@ def check_ports(config: MeshConfig) -> None:
     for role, section in (("prefill", config.prefill_service), ("decode-root", config.decode_service)):
         for i in range(section.replicas):
             ports.append((f"{role}-{i}", section.host, section.port + i))
+            if section.metrics_port:
+                ports.append((f"{role}-{i} metrics", section.host, section.metrics_port + i))
             if section.kv_transfer.port:
                 # UCX listens on every address.
                 first = section.kv_transfer.port + i * section.tensor_parallel_size
@@ -232,6 +234,8 @@ def _worker_ports(config: MeshConfig) -> list[tuple[str, str, int]]:
     ports = []
     for i in range(config.workers_per_root * config.decode_service.replicas):
         ports.append((f"decode-worker-{i}", worker.host, worker.port + i))
+        if worker.metrics_port:
+            ports.append((f"decode-worker-{i} metrics", worker.host, worker.metrics_port + i))
         for first, name in ((worker.kv_transfer.port, "KV"), (worker.exchange_port, "rows")):
             # UCX listens on every address.
             numbers = range(i * shards, (i + 1) * shards) if first else ()

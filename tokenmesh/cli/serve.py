@@ -17,6 +17,7 @@ from tokenmesh.cpus import confine
 from tokenmesh.logs import setup_logging
 from tokenmesh.model_store import ModelNotFoundError
 from tokenmesh.rpc.server import PortInUseError
+from tokenmesh.telemetry.export import recording
 
 log = structlog.get_logger()
 
@@ -62,7 +63,8 @@ def serve(role: ServiceRole, config: Path | None, replica: int) -> int:
         await module.serve(mesh, replica, stop)
 
     try:
-        uvloop.run(run())
+        with recording(mesh.telemetry, role.value, replica):
+            uvloop.run(run())
     except (PortInUseError, ModelNotFoundError, ConfigError) as error:
         print(f"tokenmesh: {role.value}: {error}", file=sys.stderr)
         return 1

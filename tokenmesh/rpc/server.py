@@ -13,8 +13,11 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from tokenmesh.context import WorkContext, adopt, bind
+from tokenmesh.rpc.calls import ServedCall
 from tokenmesh.rpc.channel import SERVER_OPTIONS
 from tokenmesh.rpc.errors import MeshError, Reason, abort
+from tokenmesh.telemetry import metric_names
+from tokenmesh.telemetry.metrics import Metrics
 
 log = structlog.get_logger()
 
@@ -28,6 +31,9 @@ class PortInUseError(Exception):
 class _Interceptor(grpc.aio.ServerInterceptor):
     """Binds the request's context and turns exceptions into statuses: ours as they are, others into INTERNAL."""
 
+    def __init__(self, metrics: Metrics) -> None:
+        self._seconds = metrics.histogram(metric_names.RPC_SECONDS)
+
     async def intercept_service(self, continuation: Any, handler_call_details: grpc.HandlerCallDetails) -> Any:
         """gRPC's hook: wraps the two kinds of methods that our services have."""
         handler = await continuation(handler_call_details)
@@ -37,19 +43,27 @@ class _Interceptor(grpc.aio.ServerInterceptor):
         headers = {k: v for k, v in handler_call_details.invocation_metadata or () if isinstance(v, str)}
         codecs = (handler.request_deserializer, handler.response_serializer)
 
+        def served(request: Any, context: Any) -> ServedCall:
+            work = WorkContext.from_headers(headers, getattr(request, "request_id", ""))
+            return ServedCall(method.lstrip("/"), work, context, self._seconds)
+
         async def unary(request: Any, context: Any) -> Any:
-            with bind(WorkContext.from_headers(headers, getattr(request, "request_id", ""))):
+            call = served(request, context)
+            with bind(call.work):
                 try:
-                    return await handler.unary_unary(request, context)
+                    with call:
+                        return await handler.unary_unary(request, context)
                 except Exception as error:  # noqa: BLE001 - the last resort before the wire
                     await _fail(context, method, error)
 
         async def stream(request: Any, context: Any) -> AsyncIterator[Any]:
+            call = served(request, context)
             # Each RPC runs in a task of its own; a dropped generator could not undo a binding.
-            adopt(WorkContext.from_headers(headers, getattr(request, "request_id", "")))
+            adopt(call.work)
             try:
-                async for response in handler.unary_stream(request, context):
-                    yield response
+                with call:
+                    async for response in handler.unary_stream(request, context):
+                        yield response
             except Exception as error:  # noqa: BLE001 - the last resort before the wire
                 await _fail(context, method, error)
 
@@ -73,7 +87,9 @@ class RpcServer:
 
     def __init__(self, host: str, port: int) -> None:
         self.address = f"{host}:{port}"
-        self.server = grpc.aio.server(interceptors=[_Interceptor()], options=SERVER_OPTIONS)
+        self.metrics = Metrics()
+        """Of the whole service, whose calls are the first of them."""
+        self.server = grpc.aio.server(interceptors=[_Interceptor(self.metrics)], options=SERVER_OPTIONS)
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
         self._names = [health.SERVICE_NAME, reflection.SERVICE_NAME]

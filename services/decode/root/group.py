@@ -190,7 +190,7 @@ class Group:
             reply = await rank.stub.Attach(request, timeout=ATTACH_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
             raise MeshError.from_rpc(error) from error
-        worker = WorkerOwner(rank.stub, self._root_id, [shard.kv for shard in reply.shards])
+        worker = WorkerOwner(rank.stub, rank.address, self._root_id, [shard.kv for shard in reply.shards])
         relayed = group.kv_route == "via_root"
         rank.owner = RelayedOwner(self.engine, self.settling, worker) if relayed else worker
         addresses = [(shard.exchange.host, shard.exchange.port) for shard in reply.shards]

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 import numpy as np
 
 from tokenmesh.kv.messages import RankCounts, StepTimes
+from tokenmesh.telemetry import metric_names
+from tokenmesh.telemetry.metrics import BucketCounts
 from tokenmesh.v1 import admin_pb2
 
 WINDOW = 60
@@ -19,6 +21,8 @@ class GroupStats:
 
     def __init__(self) -> None:
         self._recent: deque[StepTimes] = deque(maxlen=WINDOW)
+        self.exchange = BucketCounts(metric_names.EXCHANGE_SECONDS)
+        """Of every layer since the start."""
         self.steps = 0
         self.detached = 0
         self.recomputed = 0
@@ -27,6 +31,7 @@ class GroupStats:
         """Takes a report."""
         self._recent.append(times)
         self.steps += times.steps
+        self.exchange.add(us / 1e6 for us in times.exchange_us)
 
     def _attention(self, rank: int) -> float:
         return sum(times.attention_seconds.get(rank, 0.0) for times in self._recent)

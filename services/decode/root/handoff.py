@@ -19,12 +19,17 @@ import structlog
 
 from services.decode.root.group import Group
 from tokenmesh.config import DecodeConfig
-from tokenmesh.context import WorkContext, bind, outgoing_metadata
+from tokenmesh.context import WorkContext, bind
 from tokenmesh.engine.host import EngineHost
 from tokenmesh.kv.messages import DropKv, KvArrived, RankDetached, Settled, StepTimes, ToService, WantKv
 from tokenmesh.parallel.ids import split_owner
+from tokenmesh.rpc.calls import calling
 from tokenmesh.rpc.channel import open_channel
 from tokenmesh.rpc.errors import MeshError, Reason, unavailable
+from tokenmesh.telemetry import span_names, tracing
+from tokenmesh.telemetry.metrics import Metrics
+from tokenmesh.telemetry.tickets import receipt_attributes
+from tokenmesh.telemetry.transfer_metrics import TransferMetrics, codec_name
 from tokenmesh.v1 import kv_pb2, prefill_pb2, prefill_pb2_grpc
 
 log = structlog.get_logger()
@@ -62,10 +67,11 @@ class Prompt:
 class HandOff:
     """All prompts of a decode root that are being prefilled elsewhere."""
 
-    def __init__(self, config: DecodeConfig, root_id: str, group: Group) -> None:
+    def __init__(self, config: DecodeConfig, root_id: str, group: Group, metrics: Metrics) -> None:
         self._config = config
         self._root_id = root_id
         self._group = group
+        self._metrics = TransferMetrics(metrics)
         self._engine: EngineHost | None = None
         self._prompts: dict[str, Prompt] = {}
         self._fetches: dict[str, asyncio.Task[None]] = {}
@@ -129,8 +135,10 @@ class HandOff:
         try:
             if prompt is not None:
                 prompt.on_wait()
-                with bind(prompt.work):
+                with bind(prompt.work), tracing.span(span_names.REMOTE_PREFILL) as whole:
                     arrived = await self._try_candidates(want, prompt)
+                    if not arrived:
+                        whole.fail(Reason.KV_TRANSFER_FAILED.value, "computed on the root instead")
                 prompt.failed = not arrived
         except asyncio.CancelledError:
             log.info("remote prefill cancelled", engine_request=want.request_id)
@@ -145,16 +153,21 @@ class HandOff:
 
     async def _try_candidates(self, want: WantKv, prompt: Prompt) -> bool:
         deadline = time.monotonic() + self._config.kv_transfer.timeout_s
-        for address in sorted(prompt.candidates, key=self._recently_down):
+        for number, address in enumerate(sorted(prompt.candidates, key=self._recently_down), start=1):
             left = deadline - time.monotonic()
             if left <= 0:
                 log.warning("remote prefill out of time", after_s=self._config.kv_transfer.timeout_s)
                 self.failures[Reason.DEADLINE_EXCEEDED.value] += 1
                 return False
+            begun = time.monotonic()
             try:
-                prompt.receipt = await self._attempt(want, prompt, address, left)
+                attributes: dict[str, tracing.Value] = {span_names.PREFILL: address, span_names.ATTEMPT: number}
+                with tracing.span(span_names.PREFILL_ATTEMPT, attributes) as attempt:
+                    prompt.receipt = await self._attempt(want, prompt, address, left, attempt)
+                self._metrics.attempt("OK", time.monotonic() - begun)
                 return True
             except MeshError as error:
+                self._metrics.attempt(error.reason.value, time.monotonic() - begun)
                 self.failures[error.reason.value] += 1
                 if error.code is grpc.StatusCode.UNAVAILABLE:
                     self._down_since[address] = time.monotonic()
@@ -166,13 +179,16 @@ class HandOff:
     def _recently_down(self, address: str) -> bool:
         return time.monotonic() - self._down_since.get(address, -RETRY_AFTER_S) < RETRY_AFTER_S
 
-    async def _attempt(self, want: WantKv, prompt: Prompt, address: str, timeout: float) -> kv_pb2.KvReceipt:
+    async def _attempt(
+        self, want: WantKv, prompt: Prompt, address: str, timeout: float, span: tracing.Span
+    ) -> kv_pb2.KvReceipt:
         """One ticket, one call. Returns what arrived; raises MeshError, and in every case leaves the ticket closed."""
         rank, blocks = split_owner(want.blocks)
         owner = self._group.owner(rank)
         if owner is None:
             raise unavailable(Reason.KV_OWNER_UNREACHABLE, f"nothing can be written to rank {rank} now")
         transfer_id = secrets.token_bytes(16)
+        span.set({span_names.RANK: rank, span_names.TRANSFER_ID: span_names.transfer_name(transfer_id)})
         request = prefill_pb2.PrefillRequest(
             request_id=prompt.request_id,
             prompt_token_ids=prompt.token_ids,
@@ -193,7 +209,8 @@ class HandOff:
         try:
             await owner.expect(transfer_id, blocks)
             stub = prefill_pb2_grpc.PrefillServiceStub(self._channel(address))
-            reply = await stub.Prefill(request, timeout=timeout, metadata=outgoing_metadata())
+            with calling("tokenmesh.v1.PrefillService/Prefill", address) as metadata:
+                reply = await stub.Prefill(request, timeout=timeout, metadata=metadata)
         except grpc.aio.AioRpcError as error:
             call = MeshError.from_rpc(error)
         finally:
@@ -212,6 +229,10 @@ class HandOff:
         self.transfers += 1
         self.seconds += receipt.seconds
         self.transport = receipt.transport
+        self._metrics.transfer(receipt, request.target.codec)
+        span.set(receipt_attributes(receipt))
+        codec = codec_name(request.target.codec)
+        span.set({span_names.KV_EXPOSED_SECONDS: receipt.exposed_seconds, span_names.KV_CODEC: codec})
         log.info(
             "kv arrived",
             prefill=address,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import structlog
 
@@ -11,10 +12,14 @@ from services.decode.root.handoff import HandOff
 from services.decode.root.service import DecodeServicer
 from tokenmesh.config import MeshConfig
 from tokenmesh.engine.host import run_engine
+from tokenmesh.kv.messages import RankDetached, StepTimes, ToService
 from tokenmesh.lifecycle import RequestState
 from tokenmesh.model_store import resolve_model
 from tokenmesh.rpc.admin import AdminServicer
 from tokenmesh.rpc.server import RpcServer
+from tokenmesh.telemetry import metric_names
+from tokenmesh.telemetry.endpoint import serve_metrics, shifted
+from tokenmesh.telemetry.status_metrics import StatusCollector, decision_name
 from tokenmesh.v1 import admin_pb2, decode_pb2, decode_pb2_grpc
 
 log = structlog.get_logger()
@@ -30,11 +35,11 @@ async def serve(mesh: MeshConfig, replica: int, stop: asyncio.Event) -> None:
     root_id = f"decode-root-{replica}@{server.address}"
     prefills = mesh.prefill_addresses() if config.prefills is None else config.prefills
     group = Group(config, root_id, mesh.worker_addresses(replica))
-    handoff = HandOff(config, root_id, group)
-    servicer = DecodeServicer(config, mesh.model_name, prefills, handoff)
+    handoff = HandOff(config, root_id, group, server.metrics)
+    servicer = DecodeServicer(config, mesh.model_name, prefills, handoff, server.metrics)
     decode_pb2_grpc.add_DecodeServiceServicer_to_server(servicer, server.server)
     server.add(decode_pb2.DESCRIPTOR.services_by_name["DecodeService"].full_name)
-    ready = False
+    ready, metrics_port = False, 0
 
     def describe() -> admin_pb2.GetStatusResponse:
         counts = servicer.engine.counts if ready else None
@@ -65,7 +70,15 @@ async def serve(mesh: MeshConfig, replica: int, stop: asyncio.Event) -> None:
             ],
             ranks=group.describe(),
             group=group.stats.describe(counts.ranks) if counts and group.ranks else None,
+            metrics_port=metrics_port,
         )
+
+    def handle(message: ToService) -> None:
+        if isinstance(message, StepTimes):
+            servicer.steps.note(message, time.monotonic())
+        elif isinstance(message, RankDetached):
+            servicer.steps.lost(message)
+        handoff.handle(message)
 
     async def reset() -> bool:
         if not await servicer.engine.llm.reset_prefix_cache():
@@ -74,10 +87,21 @@ async def serve(mesh: MeshConfig, replica: int, stop: asyncio.Event) -> None:
         return True
 
     AdminServicer(server, servicer.requests, describe, reset)
+    counters = {
+        metric_names.DECODE_REQUESTS: lambda: servicer.requests.outcomes,
+        metric_names.DECISIONS: lambda: {decision_name(name): n for name, n in servicer.decisions.items()},
+        metric_names.KV_FAILURES: lambda: handoff.failures,
+    }
+    server.metrics.add(StatusCollector(describe, counters))
+    if group.ranks:
+        server.metrics.add(group.stats.exchange)
     await server.start()
     try:
         model_path = await asyncio.to_thread(resolve_model, mesh.model)
-        async with run_engine(mesh, config, model_path, replica, handoff.handle) as engine:
+        async with (
+            serve_metrics(server.metrics, config.host, shifted(config.metrics_port, replica)) as metrics_port,
+            run_engine(mesh, config, model_path, replica, handle) as engine,
+        ):
             handoff.attach(engine)
             await group.start(engine)
             servicer.attach(engine)

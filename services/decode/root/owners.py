@@ -7,11 +7,12 @@ from typing import Protocol
 
 import grpc
 
-from tokenmesh.context import outgoing_metadata
 from tokenmesh.engine.host import EngineHost
 from tokenmesh.kv.messages import Expect, Relay
 from tokenmesh.kv.settling import SETTLE_TIMEOUT_S, Outcome, Settling
+from tokenmesh.rpc.calls import calling
 from tokenmesh.rpc.errors import MeshError
+from tokenmesh.telemetry.tickets import TicketSpans
 from tokenmesh.v1 import kv_pb2, worker_pb2, worker_pb2_grpc
 
 
@@ -35,6 +36,7 @@ class RootOwner:
     def __init__(self, engine: EngineHost, settling: Settling) -> None:
         self._engine = engine
         self._settling = settling
+        self._spans = TicketSpans()
 
     @property
     def shards(self) -> Sequence[kv_pb2.KvShard]:
@@ -43,19 +45,25 @@ class RootOwner:
 
     async def expect(self, transfer_id: bytes, blocks: list[int]) -> None:
         """See `KvOwner`."""
+        self._spans.open(transfer_id, len(blocks), rank=0)
         for shard in range(self._engine.shards):
             self._engine.hub.send(f"mover-{shard}", Expect(transfer_id, blocks))
 
     async def settle(self, transfer_id: bytes) -> Outcome:
         """See `KvOwner`."""
-        return await self._settling.settle(self._engine.hub, range(self._engine.shards), transfer_id)
+        outcome = await self._settling.settle(self._engine.hub, range(self._engine.shards), transfer_id)
+        self._spans.close(transfer_id, outcome)
+        return outcome
 
 
 class WorkerOwner:
     """A decode worker's movers."""
 
-    def __init__(self, stub: worker_pb2_grpc.WorkerServiceStub, root_id: str, shards: Sequence[kv_pb2.KvShard]) -> None:
+    def __init__(
+        self, stub: worker_pb2_grpc.WorkerServiceStub, address: str, root_id: str, shards: Sequence[kv_pb2.KvShard]
+    ) -> None:
         self._stub = stub
+        self._address = address
         self._root_id = root_id
         self.shards = shards
         """See `KvOwner`."""
@@ -64,7 +72,8 @@ class WorkerOwner:
         """See `KvOwner`."""
         request = worker_pb2.ExpectKvRequest(decode_root_id=self._root_id, transfer_id=transfer_id, block_ids=blocks)
         try:
-            await self._stub.ExpectKv(request, timeout=SETTLE_TIMEOUT_S, metadata=outgoing_metadata())
+            with calling("tokenmesh.v1.WorkerService/ExpectKv", self._address) as metadata:
+                await self._stub.ExpectKv(request, timeout=SETTLE_TIMEOUT_S, metadata=metadata)
         except grpc.aio.AioRpcError as error:
             raise MeshError.from_rpc(error) from error
 
@@ -72,7 +81,8 @@ class WorkerOwner:
         """See `KvOwner`."""
         request = worker_pb2.SettleKvRequest(decode_root_id=self._root_id, transfer_id=transfer_id)
         try:
-            reply = await self._stub.SettleKv(request, timeout=SETTLE_TIMEOUT_S + 1, metadata=outgoing_metadata())
+            with calling("tokenmesh.v1.WorkerService/SettleKv", self._address) as metadata:
+                reply = await self._stub.SettleKv(request, timeout=SETTLE_TIMEOUT_S + 1, metadata=metadata)
         except grpc.aio.AioRpcError as error:
             return Outcome(False, f"the rank does not answer: {MeshError.from_rpc(error).message}", kv_pb2.KvReceipt())
         return Outcome(reply.complete, reply.error, reply.receipt)

@@ -14,6 +14,8 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from services.decode.root.handoff import HandOff, Prompt
+from services.decode.root.pace import Pace, PaceMetrics
+from services.decode.root.sequence_spans import SequenceSpans, StepSpans
 from tokenmesh.config import DecodeConfig
 from tokenmesh.context import WorkContext, current
 from tokenmesh.engine.host import EngineHost
@@ -23,6 +25,10 @@ from tokenmesh.lifecycle import LiveRequest, RequestState, RequestTable
 from tokenmesh.prompts import check_prompt
 from tokenmesh.rpc.errors import Reason, invalid, unavailable
 from tokenmesh.rpc.server import Context
+from tokenmesh.telemetry import span_names
+from tokenmesh.telemetry.metrics import Metrics
+from tokenmesh.telemetry.status_metrics import decision_name
+from tokenmesh.telemetry.tracing import Value
 from tokenmesh.v1 import decode_pb2, decode_pb2_grpc, sampling_pb2
 
 log = structlog.get_logger()
@@ -42,13 +48,17 @@ _LOCAL_REASONS = (sampling_pb2.PREFILL_DECISION_DECODE_ONLY, sampling_pb2.PREFIL
 class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
     """See decode.proto."""
 
-    def __init__(self, config: DecodeConfig, model_name: str, prefills: Sequence[str], handoff: HandOff) -> None:
+    def __init__(
+        self, config: DecodeConfig, model_name: str, prefills: Sequence[str], handoff: HandOff, metrics: Metrics
+    ) -> None:
         self._config = config
         self._model_name = model_name
         self._prefills = tuple(prefills)
         self._handoff = handoff
+        self._metrics = PaceMetrics(metrics)
         self.requests = RequestTable(config.max_queue)
         self.decisions: Counter[str] = Counter()
+        self.steps = StepSpans()
         self._engine: EngineHost | None = None
 
     @property
@@ -66,19 +76,26 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         self, request: decode_pb2.GenerateRequest, context: Context[Any, Any]
     ) -> AsyncIterator[decode_pb2.GenerateResponse]:
         """See decode.proto."""
+        pace = Pace(self._metrics)
         engine = self.engine
         model = engine.llm.model_config
         params = self._params(request)
         check_prompt(request.prompt_token_ids, model.get_vocab_size(), model.max_model_len, room=1)
         live = LiveRequest(request.request_id, prompt_tokens=len(request.prompt_token_ids))
-        prompt = self._prompt(request, live)
+        prompt = self._prompt(request)
         if prompt is not None:
             params.extra_args = {"kv_transfer_params": {FetchFrom.KEY: request.request_id}}
         tokens = TokensPrompt(prompt_token_ids=list(request.prompt_token_ids))
         if request.cache_salt:
             tokens["cache_salt"] = request.cache_salt
         try:
-            with self.requests.admit(live), self._handoff.registered(request.request_id, prompt):
+            with (
+                self.requests.admit(live),
+                SequenceSpans(self.steps) as spans,
+                self._handoff.registered(request.request_id, prompt),
+            ):
+                if prompt is not None:
+                    prompt.on_wait = lambda: _waits(live, spans)
                 first = True
                 async for output in engine.llm.generate(tokens, params, request.request_id, priority=request.priority):
                     response = _response(output)
@@ -87,7 +104,12 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
                     if first:
                         live.enter(RequestState.RUNNING)
                         self._decide(response, request, prompt)
+                        pace.first(response.usage, _queue_seconds(output))
+                        spans.first_token(output, _attributes(response))
                         first = False
+                    pace.message(len(response.token_ids))
+                    if output.finished:
+                        spans.finished(output.outputs[0].finish_reason or "", pace.tokens)
                     yield response
         except VLLMClientError as error:
             raise bad_params(error) from error
@@ -105,7 +127,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             )
         return tokens_only(to_vllm(request.sampling_params))
 
-    def _prompt(self, request: decode_pb2.GenerateRequest, live: LiveRequest) -> Prompt | None:
+    def _prompt(self, request: decode_pb2.GenerateRequest) -> Prompt | None:
         """The request as the hand-off sees it, or None if its prompt must be computed here."""
         candidates = tuple(c.address for c in request.prefill_candidates)
         if not candidates:
@@ -121,7 +143,6 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             work=current() or WorkContext.from_headers({}, request.request_id),
             cache_salt=request.cache_salt,
             priority=request.priority,
-            on_wait=lambda: live.enter(RequestState.AWAITING_KV),
         )
 
     def _decide(
@@ -184,6 +205,25 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             kv_transport=self._handoff.transport,
             decisions=dict(self.decisions),
         )
+
+
+def _waits(live: LiveRequest, spans: SequenceSpans) -> None:
+    live.enter(RequestState.AWAITING_KV)
+    spans.waits_for_kv()
+
+
+def _attributes(response: decode_pb2.GenerateResponse) -> dict[str, Value]:
+    decision = sampling_pb2.PrefillDecision.Name(response.prefill_decision)
+    return {
+        span_names.DECISION: decision_name(decision),
+        span_names.GEN_AI_INPUT_TOKENS: response.usage.prompt_tokens,
+        span_names.GEN_AI_CACHED_TOKENS: response.usage.cached_tokens,
+    }
+
+
+def _queue_seconds(output: RequestOutput) -> float:
+    stats = output.metrics
+    return max(0.0, stats.scheduled_ts - stats.queued_ts) if stats else 0.0
 
 
 def _usage(output: RequestOutput, live: LiveRequest, prompt: Prompt | None) -> sampling_pb2.Usage:

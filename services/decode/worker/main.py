@@ -14,6 +14,8 @@ from tokenmesh.kv.messages import ToService
 from tokenmesh.lifecycle import RequestTable
 from tokenmesh.rpc.admin import AdminServicer
 from tokenmesh.rpc.server import RpcServer
+from tokenmesh.telemetry.endpoint import serve_metrics, shifted
+from tokenmesh.telemetry.status_metrics import StatusCollector
 from tokenmesh.v1 import admin_pb2, worker_pb2, worker_pb2_grpc
 
 log = structlog.get_logger()
@@ -31,7 +33,7 @@ async def serve(mesh: MeshConfig, replica: int, stop: asyncio.Event) -> None:
     servicer = WorkerServicer(config)
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(servicer, server.server)
     server.add(worker_pb2.DESCRIPTOR.services_by_name["WorkerService"].full_name)
-    ready = False
+    ready, metrics_port = False, 0
 
     def describe() -> admin_pb2.GetStatusResponse:
         at = servicer.attached
@@ -45,10 +47,12 @@ async def serve(mesh: MeshConfig, replica: int, stop: asyncio.Event) -> None:
             kv_transport=servicer.kv_transport,
             kv_bytes=at.received_bytes if at is not None else 0,
             kv_open=len(at.tickets) if at is not None else 0,
+            metrics_port=metrics_port,
         )
 
     # Requests are the root's; the table only knows whether we take work.
     AdminServicer(server, RequestTable(1), describe, leave=servicer.leave)
+    server.metrics.add(StatusCollector(describe))
     shards: ShardProcesses | None = None
 
     def route(message: ToService) -> None:
@@ -57,7 +61,10 @@ async def serve(mesh: MeshConfig, replica: int, stop: asyncio.Event) -> None:
 
     await server.start()
     try:
-        async with LinkHub(route) as hub:
+        async with (
+            serve_metrics(server.metrics, config.host, shifted(config.metrics_port, replica)) as metrics_port,
+            LinkHub(route) as hub,
+        ):
             shards = ShardProcesses(config, mesh.decode_service.group, replica, hub)
             try:
                 await shards.ensure(mesh.decode_service.tensor_parallel_size)

@@ -37,6 +37,7 @@ from tokenmesh.parallel.rank import LayerSpec, RankSpec
 from tokenmesh.parallel.rows import HeadShape
 from tokenmesh.rpc.errors import MeshError, Reason, invalid, unavailable
 from tokenmesh.rpc.server import Context
+from tokenmesh.telemetry.tickets import TicketSpans
 from tokenmesh.v1 import kv_pb2, worker_pb2, worker_pb2_grpc
 
 log = structlog.get_logger()
@@ -72,6 +73,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         self._states: dict[int, ShardState] = {}
         self._waiting: dict[tuple[type, int], asyncio.Future[Any]] = {}
         self._settling = Settling()
+        self._spans = TicketSpans()
         self._left = asyncio.Event()
 
     def attach(self, shards: ShardProcesses) -> None:
@@ -206,6 +208,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         log.info("detached", root=self.attached.root_id, reason=reason)
         self.attached = None
         self._states.clear()
+        self._spans.close_all(reason)
         try:
             await self._answers(ShardClosed, CloseShard(), self.shards.numbers, CLOSE_TIMEOUT_S)
         except TimeoutError:
@@ -284,6 +287,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         if len(request.transfer_id) != 16 or any(block >= at.blocks for block in request.block_ids):
             raise invalid(Reason.BAD_TARGET, "the ticket is no id of 16 bytes, or names blocks that are not there")
         at.tickets.add(request.transfer_id)
+        self._spans.open(request.transfer_id, len(request.block_ids), at.rank)
         for shard in self.shards.numbers:
             self.shards.hub.send(f"mover-{shard}", Expect(request.transfer_id, list(request.block_ids)))
         return worker_pb2.ExpectKvResponse()
@@ -295,6 +299,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         at = self._of(request.decode_root_id)
         outcome = await self._settling.settle(self.shards.hub, self.shards.numbers, request.transfer_id)
         at.tickets.discard(request.transfer_id)
+        self._spans.close(request.transfer_id, outcome)
         at.received_bytes += outcome.receipt.bytes
         return worker_pb2.SettleKvResponse(complete=outcome.complete, error=outcome.error, receipt=outcome.receipt)
 
