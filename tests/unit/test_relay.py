@@ -159,9 +159,8 @@ def messages() -> Iterator[tuple[Header, np.ndarray]]:
 
 
 async def commit(peer: Peer) -> bool:
-    receipt = asyncio.ensure_future(peer.receipt(TICKET))
-    await peer.send(Header(Kind.COMMIT, TICKET, LAYERS, first=LAYERS).sealed())
-    return (await asyncio.wait_for(receipt, 20)).first == 1
+    header = Header(Kind.COMMIT, TICKET, LAYERS, first=LAYERS).sealed()
+    return await asyncio.wait_for(peer.commit(header), 20)
 
 
 async def test_the_owner_checks_what_the_first_sender_sealed(one: Route, raw: Peer) -> None:

@@ -119,6 +119,8 @@ class Settled(msgspec.Struct, frozen=True, tag=True, gc=False):
     seconds: float
     transport: str
     bad_messages: int
+    dropped: dict[str, int] = {}
+    """Messages that the mover dropped since it last said so, by reason; those of no ticket are among them."""
 
 
 class WantKv(msgspec.Struct, frozen=True, tag=True, gc=False):

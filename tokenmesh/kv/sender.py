@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import structlog
 
+from tokenmesh.kv import wire
 from tokenmesh.kv.memory import Buffer, KvMemory
 from tokenmesh.kv.messages import Commit, Connected, Push, SendDone
 from tokenmesh.kv.stopwatch import Stopwatch
 from tokenmesh.kv.ucx import UcxEndpoint, UcxError, UcxWorker
-from tokenmesh.kv.wire import HEADER_BYTES, HEADER_CHANNEL, PAYLOAD_CHANNEL, Header, Kind, WireError
+from tokenmesh.kv.wire import HEADER_BYTES, HEADER_CHANNEL, PAYLOAD_CHANNEL, PROBE_ID, Header, Kind, WireError
 
 log = structlog.get_logger()
 
@@ -41,7 +42,7 @@ class Peer:
         """Measured at connection, bytes per second."""
 
     async def send(self, header: Header, payload: Buffer | None = None) -> None:
-        """Sends one message; returns once UCX no longer reads the payload.
+        """Sends one message; returns, or raises SendError, once UCX no longer reads the payload.
 
         Header and payload are submitted back to back, so that messages of several transfers never mix.
         """
@@ -51,15 +52,21 @@ class Peer:
             parts = [self._endpoint.send(header.to_buffer(), HEADER_CHANNEL)]
             if payload is not None:
                 parts.append(self._endpoint.send(payload, PAYLOAD_CHANNEL, bulk=True))
-            await asyncio.gather(*parts)
+            await asyncio.wait(parts)
+        for error in [part.exception() for part in parts]:
+            if error is not None:
+                raise SendError(f"lost the KV owner: {error}")
 
-    async def receipt(self, transfer_id: bytes) -> Header:
-        """Waits for the owner's answer to COMMIT."""
-        future = self._receipts.setdefault(transfer_id, asyncio.get_running_loop().create_future())
+    async def commit(self, header: Header) -> bool:
+        """Sends COMMIT and waits for the owner's answer: whether it has everything. Raises SendError."""
+        future = self._receipts.setdefault(header.transfer_id, asyncio.get_running_loop().create_future())
         try:
-            return await future
+            await self.send(header)
+            return (await future).first == 1
         finally:
-            self._receipts.pop(transfer_id, None)
+            if self._receipts.pop(header.transfer_id, None) is not None and future.done() and not future.cancelled():
+                # Taken note of, should the send have failed before anybody waited.
+                future.exception()
 
     async def _read_receipts(self) -> None:
         buffer = np.empty(HEADER_BYTES, dtype=np.uint8)
@@ -78,6 +85,7 @@ class Peer:
 
     async def close(self) -> None:
         """Closes the endpoint; transfers still using it fail."""
+        self.failure = self.failure or SendError("lost the KV owner: closed")
         self._reader.cancel()
         await asyncio.gather(self._reader, return_exceptions=True)
         self._endpoint.close()
@@ -173,7 +181,8 @@ class Sender:
     def cancel(self, transfer_id: bytes) -> None:
         """Stops a transfer; SendDone follows once nothing reads its blocks. One that is done or unknown is ignored."""
         transfer = self._transfers.get(transfer_id)
-        if transfer is not None and transfer.task is not None:
+        # Once: a second cancellation would hit the wait for what is still on the wire.
+        if transfer is not None and transfer.task is not None and not transfer.cancelled:
             transfer.cancelled = True
             # A task that has not begun yet would never report if it were cancelled; it looks at the flag instead.
             if transfer.begun:
@@ -190,11 +199,9 @@ class Sender:
             transfer.transport = peer.transport
             while isinstance(command := await transfer.commands.get(), Push):
                 await self._push(transfer_id, transfer, peer, command, sends)
-            await asyncio.gather(*sends)
+            await _landed(sends)
             header = Header(Kind.COMMIT, transfer_id, sequence=transfer.messages, first=transfer.messages)
-            receipt = asyncio.ensure_future(peer.receipt(transfer_id))
-            await peer.send(header.sealed())
-            if (await receipt).first != 1:
+            if not await peer.commit(header.sealed()):
                 error = "the KV owner refused the transfer"
         except asyncio.CancelledError:
             error = "cancelled"
@@ -202,7 +209,7 @@ class Sender:
             error = f"{type(failure).__name__}: {failure}" if not isinstance(failure, SendError) else str(failure)
         finally:
             # Blocks may be reused only when UCX has let go of them, whether or not the transfer succeeded.
-            await asyncio.gather(*sends, return_exceptions=True)
+            await self._let_go(sends, host, port)
             del self._transfers[transfer_id]
             now = time.monotonic()
             self._report(
@@ -216,6 +223,16 @@ class Sender:
                     transfer.transport,
                 )
             )
+
+    async def _let_go(self, sends: set[asyncio.Task[None]], host: str, port: int) -> None:
+        """Returns once UCX reads no block of a transfer, if need be by giving up an owner that takes nothing."""
+        if not sends:
+            return
+        _, stuck = await asyncio.wait(sends, timeout=wire.STALL_S)
+        if stuck:
+            log.warning("kv owner takes nothing any more", peer=f"{host}:{port}")
+            await (await self._peers[host, port]).close()
+            await asyncio.wait(stuck)
 
     async def _push(
         self, transfer_id: bytes, transfer: _Transfer, peer: Peer, push: Push, sends: set[asyncio.Task[None]]
@@ -243,16 +260,19 @@ class Sender:
             transfer.messages += 1
             transfer.bytes += header.length
             transfer.block_layers += len(blocks)
-            task = asyncio.create_task(self._send(peer, header, payload, staging, transfer.wire))
+            task = asyncio.create_task(self._send(peer, header, payload, staging, transfer))
             sends.add(task)
-            # Failed sends stay in the set, so that the gather before COMMIT raises what they met.
+            # Failed sends stay in the set, for COMMIT to meet what they met.
             task.add_done_callback(lambda t: sends.discard(t) if not t.cancelled() and not t.exception() else None)
             await asyncio.sleep(0)
 
-    async def _send(self, peer: Peer, header: Header, payload: Buffer, staging: Buffer | None, wire: Stopwatch) -> None:
+    async def _send(
+        self, peer: Peer, header: Header, payload: Buffer, staging: Buffer | None, transfer: _Transfer
+    ) -> None:
         try:
-            with wire.message():
-                await peer.send(header, payload)
+            if not transfer.cancelled:
+                with transfer.wire.message():
+                    await peer.send(header, payload)
         finally:
             if staging is not None:
                 self._staging.put_nowait(staging)
@@ -268,16 +288,23 @@ class Sender:
                 await (await peer_task).close()
 
 
+async def _landed(sends: set[asyncio.Task[None]]) -> None:
+    """Waits for sends and raises what one of them met. Unlike gather, being cancelled leaves them alone."""
+    if sends:
+        done, _ = await asyncio.wait(sends)
+        for task in done:
+            task.result()
+
+
 async def _probe(peer: Peer) -> float:
     """Measures a new pair with one throw-away message; returns bytes per second.
 
     It also pays for UCX's lazy wire-up, which the first request would pay otherwise.
     """
     payload = np.zeros(PROBE_BYTES, dtype=np.uint8)
-    nobody = bytes(16)
     best = 0.0
     for sequence in range(3):
-        header = Header(Kind.DATA, nobody, sequence=sequence, length=PROBE_BYTES).sealed(payload)
+        header = Header(Kind.DATA, PROBE_ID, sequence=sequence, length=PROBE_BYTES).sealed(payload)
         start = time.perf_counter()
         await peer.send(header, payload)
         best = max(best, PROBE_BYTES / (time.perf_counter() - start))
