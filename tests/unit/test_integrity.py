@@ -15,7 +15,7 @@ import pytest
 from tests.unit.memory_wire import Cache, MemoryWorker, OwningEnd, SendingEnd
 from tokenmesh.kv import wire
 from tokenmesh.kv.geometry import BlockGeometry
-from tokenmesh.kv.messages import Commit, Push, SendDone, Settled
+from tokenmesh.kv.messages import Commit, Destination, Push, SendDone, Settled
 from tokenmesh.kv.ucx import UcxEndpoint, UcxWorker
 from tokenmesh.kv.wire import HEADER_BYTES, HEADER_CHANNEL, PAYLOAD_CHANNEL, PROBE_ID, Header, Kind
 
@@ -180,7 +180,7 @@ class Link:
         self.owning.cache.data[:] = 0
         self.arming.armed = fault
         self.owning.expect(ticket, TARGET)
-        sender.start(ticket, *self.owning.address)
+        sender.start(ticket, [Destination(*self.owning.address)])
         for layer in range(LAYERS):
             sender.add(Push(ticket, layer, 0, SOURCE))
         sender.add(Commit(ticket))
@@ -310,7 +310,7 @@ async def test_a_delayed_sender_cannot_write_into_reused_blocks(
 
     def start(end: SendingEnd, ticket: bytes) -> None:
         owning.expect(ticket, TARGET)
-        end.sender.start(ticket, *owning.address)
+        end.sender.start(ticket, [Destination(*owning.address)])
         for layer in range(LAYERS):
             end.sender.add(Push(ticket, layer, 0, SOURCE))
         end.sender.add(Commit(ticket))
@@ -370,7 +370,7 @@ async def test_an_owner_that_hangs_lets_go_of_the_blocks(monkeypatch: pytest.Mon
         await asyncio.sleep(60)
 
     sending = SendingEnd(worker, Cache(GEOMETRY, BLOCKS), CHUNK)
-    sending.sender.start(b"h" * 16, "", worker.listen(0, hang))
+    sending.sender.start(b"h" * 16, [Destination("", worker.listen(0, hang))])
     sending.sender.add(Push(b"h" * 16, 0, 0, SOURCE))
     sending.sender.add(Commit(b"h" * 16))
     await asyncio.sleep(0.1)

@@ -20,7 +20,7 @@ import numpy as np
 import structlog
 
 from tokenmesh.kv import wire
-from tokenmesh.kv.memory import Buffer, KvMemory
+from tokenmesh.kv.memory import Buffer, Heads, KvMemory
 from tokenmesh.kv.messages import Expect, Settled
 from tokenmesh.kv.relay import Relays
 from tokenmesh.kv.stopwatch import Stopwatch
@@ -33,9 +33,9 @@ log = structlog.get_logger()
 class _Ticket:
     """Blocks that one transfer may write once."""
 
-    def __init__(self, blocks: list[int], layers: int) -> None:
-        self.blocks = blocks
-        self.missing = np.ones((layers, len(blocks)), dtype=bool)
+    def __init__(self, blocks: list[int], layers: int, heads: int) -> None:
+        self.blocks = np.array(blocks, dtype=np.int64)
+        self.missing = np.ones((layers, len(blocks), heads), dtype=bool)
         self.bytes = 0
         self.bad = 0
         self.error = ""
@@ -45,6 +45,10 @@ class _Ticket:
     @property
     def complete(self) -> bool:
         return not self.error and not self.missing.any()
+
+    def has(self, heads: Heads) -> bool:
+        """Whether these heads of every block are here."""
+        return not self.error and not self.missing[:, :, heads.first : heads.first + heads.count].any()
 
 
 class _Inlet:
@@ -107,7 +111,8 @@ class Receiver:
 
     def expect(self, message: Expect) -> None:
         """Opens a ticket."""
-        self._tickets[message.transfer_id] = _Ticket(message.blocks, self._memory.geometry.layers)
+        geometry = self._memory.geometry
+        self._tickets[message.transfer_id] = _Ticket(message.blocks, geometry.layers, geometry.kv_heads)
 
     def settle(self, transfer_id: bytes) -> None:
         """Closes a ticket and reports it; from here on its blocks are not written."""
@@ -119,8 +124,9 @@ class Receiver:
             )
             return
         error = ticket.error
-        if not error and not ticket.complete:
-            error = f"{int(ticket.missing.sum())} of {ticket.missing.size} block layers did not arrive"
+        missing = ticket.missing.any(axis=2)
+        if not error and missing.any():
+            error = f"{int(missing.sum())} of {missing.size} block layers did not arrive"
         self._report(
             Settled(
                 transfer_id,
@@ -128,7 +134,7 @@ class Receiver:
                 ticket.complete,
                 error,
                 ticket.bytes,
-                int((~ticket.missing).sum()),
+                int((~missing).sum()),
                 ticket.wire.seconds,
                 ticket.transport,
                 ticket.bad,
@@ -177,14 +183,14 @@ class Receiver:
                 inlet.start(inlet.relayed, self._relay_commit(header, inlet.endpoint))
                 return
             ticket = self._tickets.get(header.transfer_id)
-            whole = header.intact() and ticket is not None and ticket.complete
+            whole = header.intact() and ticket is not None and ticket.has(self._heads(header))
             await self._answer(header, whole, inlet.endpoint)
         else:
             raise WireError(f"{header.kind.name} is not for an owner")
 
     @staticmethod
     async def _answer(header: Header, whole: bool, endpoint: UcxEndpoint) -> None:
-        answer = Header(Kind.RECEIPT, header.transfer_id, first=int(whole))
+        answer = Header(Kind.RECEIPT, header.transfer_id, first=int(whole), head=header.head, heads=header.heads)
         await endpoint.send(answer.sealed().to_buffer(), HEADER_CHANNEL)
 
     async def _relay_commit(self, header: Header, endpoint: UcxEndpoint) -> None:
@@ -215,6 +221,9 @@ class Receiver:
         finally:
             self._staging.put_nowait(staging)
 
+    def _heads(self, header: Header) -> Heads:
+        return Heads(header.head, header.heads) if header.heads else self._memory.all_heads
+
     def _drop(self, ticket: _Ticket | None, reason: str) -> str:
         self.counts[reason] += 1
         if ticket is not None:
@@ -231,20 +240,23 @@ class Receiver:
             return self._drop(None, "probe" if header.transfer_id == PROBE_ID else "stray")
         ticket.transport = transport
         geometry = self._memory.geometry
-        stop = header.first + header.blocks
+        stop, heads = header.first + header.blocks, self._heads(header)
         if not header.intact(payload):
             ticket.error = f"message {header.sequence} is corrupt"
             return self._drop(ticket, "corrupt")
         if (
             header.layer >= geometry.layers
             or stop > len(ticket.blocks)
-            or header.length != header.blocks * geometry.block_bytes
+            or heads.first + heads.count > geometry.kv_heads
+            or (heads != self._memory.all_heads and not geometry.by_head)
+            or header.length != self._memory.nbytes(header.blocks, heads)
         ):
             ticket.error = f"message {header.sequence} points outside its ticket"
             return self._drop(ticket, "out_of_range")
-        if not ticket.missing[header.layer, header.first : stop].all():
+        missing = ticket.missing[header.layer, header.first : stop, heads.first : heads.first + heads.count]
+        if not missing.all():
             return self._drop(ticket, "duplicate")
-        self._memory.scatter(header.layer, ticket.blocks[header.first : stop], payload)
-        ticket.missing[header.layer, header.first : stop] = False
+        self._memory.scatter(header.layer, ticket.blocks[header.first : stop], heads, payload)
+        missing[:] = False
         ticket.bytes += header.length
         return ""

@@ -17,9 +17,9 @@ import xxhash
 
 Buffer = npt.NDArray[np.uint8]
 
-_LAYOUT = struct.Struct("<IHH16sIIIIQQ")
+_LAYOUT = struct.Struct("<IHH16sIIIHHIQQ")
 HEADER_BYTES = _LAYOUT.size
-_MAGIC = 0x544B4D32
+_MAGIC = 0x544B4D33
 
 PROBE_ID = bytes(16)
 """The transfer id of messages that measure a pair; no ticket."""
@@ -39,16 +39,16 @@ class Kind(enum.IntEnum):
     """What a message is."""
 
     DATA = 1
-    """`blocks` blocks of `layer`, the first being the `first`-th of the target's list."""
+    """`heads` heads from `head` on, of `blocks` blocks of `layer` from the `first`-th of the target's list on."""
     COMMIT = 2
-    """Everything was sent; `first` counts the DATA messages."""
+    """Everything of these heads was sent; `first` counts the DATA messages."""
     RECEIPT = 4
-    """The owner's answer to COMMIT; `first` is 1 if everything arrived, else 0."""
+    """The owner's answer to COMMIT; `first` is 1 if everything of these heads arrived, else 0."""
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """One message. Payload length in bytes."""
+    """One message. Payload length in bytes; heads count in the owner's shard, and 0 of them are all."""
 
     kind: Kind
     transfer_id: bytes
@@ -58,6 +58,8 @@ class Header:
     blocks: int = 0
     length: int = 0
     checksum: int = 0
+    head: int = 0
+    heads: int = 0
 
     def _pack(self, checksum: int, own: int = 0) -> bytes:
         return _LAYOUT.pack(
@@ -68,6 +70,8 @@ class Header:
             self.sequence,
             self.first,
             self.blocks,
+            self.head,
+            self.heads,
             own,
             self.length,
             checksum,
@@ -94,12 +98,12 @@ class Header:
     @classmethod
     def from_buffer(cls, buffer: Buffer) -> Header:
         """Parses bytes, shape [HEADER_BYTES]. Raises WireError if they are not a header as it was sent."""
-        magic, kind, layer, transfer_id, sequence, first, blocks, own, length, checksum = _LAYOUT.unpack(
+        magic, kind, layer, transfer_id, sequence, first, blocks, head, heads, own, length, checksum = _LAYOUT.unpack(
             buffer.tobytes()
         )
         if magic != _MAGIC or kind not in Kind.__members__.values():
             raise WireError("not a tokenmesh KV header")
-        header = cls(Kind(kind), transfer_id, sequence, layer, first, blocks, length, checksum)
+        header = cls(Kind(kind), transfer_id, sequence, layer, first, blocks, length, checksum, head, heads)
         if own != xxhash.xxh3_64_intdigest(header._pack(checksum)) & 0xFFFFFFFF:
             raise WireError("a damaged KV header")
         return header
