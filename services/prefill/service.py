@@ -21,7 +21,8 @@ from tokenmesh.config import PrefillConfig
 from tokenmesh.engine.host import EngineHost
 from tokenmesh.engine.settings import SendTo
 from tokenmesh.kv.geometry import BlockGeometry, GeometryMismatchError
-from tokenmesh.kv.messages import CancelSend, Connect, Connected, KvSent, SendDone, ToService
+from tokenmesh.kv.messages import CancelSend, Connect, Connected, Destination, KvSent, SendDone, ToService
+from tokenmesh.kv.routes import check_routes
 from tokenmesh.lifecycle import LiveRequest, RequestState, RequestTable
 from tokenmesh.prompts import check_prompt
 from tokenmesh.rpc.errors import MeshError, Reason, invalid, unavailable
@@ -62,7 +63,7 @@ class _Send:
             block_layers=sum(r.block_layers for r in self.reports),
             seconds=max(r.seconds for r in self.reports),
             exposed_seconds=max(r.exposed_seconds for r in self.reports),
-            transport=self.reports[0].transport,
+            transport=next((r.transport for r in self.reports if r.transport), ""),
         )
 
 
@@ -79,7 +80,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         self._sends: dict[bytes, _Send] = {}
         self._used: dict[bytes, None] = {}
         """Transfer ids of the past, oldest first."""
-        self._connecting: defaultdict[tuple[str, int], list[asyncio.Future[Connected]]] = defaultdict(list)
+        self._connecting: defaultdict[tuple[int, str, int], list[asyncio.Future[Connected]]] = defaultdict(list)
         self._engine: EngineHost | None = None
         self.kv_bytes = 0
         self.kv_transfers = 0
@@ -105,9 +106,8 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
     def handle(self, message: ToService) -> None:
         """Takes what movers report."""
         if isinstance(message, SendDone):
-            # The engine may free the blocks, whether or not anyone still waits for the transfer.
-            for shard in range(self._config.tensor_parallel_size):
-                self.engine.hub.send(f"worker-{shard}", KvSent(message.transfer_id))
+            # That shard may free the blocks, whether or not anyone still waits for the transfer.
+            self.engine.hub.send(f"worker-{message.shard}", KvSent(message.transfer_id))
             self.kv_bytes += message.nbytes
             self.kv_seconds += message.seconds
             self.kv_transfers += not message.error
@@ -117,7 +117,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
                 send.add(message)
         elif isinstance(message, Connected):
             self.kv_transport = message.transport or self.kv_transport
-            for future in self._connecting.pop((message.host, message.port), ()):
+            for future in self._connecting.pop((message.shard, message.host, message.port), ()):
                 if not future.done():
                     future.set_result(message)
 
@@ -161,14 +161,14 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
     ) -> prefill_pb2.ConnectOwnerResponse:
         """See prefill.proto."""
         engine = self.engine
-        self._check_geometry(request.geometry, request.shards)
         loop = asyncio.get_running_loop()
         waiting = []
-        for number, shard in enumerate(request.shards):
-            future: asyncio.Future[Connected] = loop.create_future()
-            self._connecting[shard.host, shard.port].append(future)
-            engine.hub.send(f"mover-{number}", Connect(shard.host, shard.port))
-            waiting.append(future)
+        for number, destinations in enumerate(self._destinations(request.geometry, request.shards)):
+            for to in destinations:
+                future: asyncio.Future[Connected] = loop.create_future()
+                self._connecting[number, to.host, to.port].append(future)
+                engine.hub.send(f"mover-{number}", Connect(to.host, to.port))
+                waiting.append(future)
         connected = await asyncio.gather(*waiting)
         problem = next((c.error for c in connected if c.error), "")
         if problem:
@@ -177,23 +177,27 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             transport=connected[0].transport, goodput=min(c.goodput for c in connected)
         )
 
-    def _check_geometry(self, geometry: kv_pb2.BlockGeometry, shards: Sequence[kv_pb2.KvShard]) -> BlockGeometry:
-        mine = self.engine.movers[0].geometry
-        if len(shards) != self._config.tensor_parallel_size:
-            raise invalid(
-                Reason.BAD_TARGET,
-                f"{len(shards)} shards given, {self._config.tensor_parallel_size} needed",
-                param="shards",
-            )
+    def _destinations(
+        self, geometry: kv_pb2.BlockGeometry, shards: Sequence[kv_pb2.KvShard]
+    ) -> list[list[Destination]]:
+        """Where each of our shards sends which of its heads. Raises MeshError."""
+        if not shards:
+            raise invalid(Reason.BAD_TARGET, "no shards given", param="shards")
+        total = self.engine.llm.model_config.get_total_num_kv_heads()
+        mine, theirs = self.engine.movers[0].geometry, BlockGeometry.from_proto(geometry)
         try:
-            mine.check_equal(BlockGeometry.from_proto(geometry))
+            routes = check_routes(total, mine, self._config.tensor_parallel_size, theirs, len(shards))
         except GeometryMismatchError as error:
             raise MeshError(grpc.StatusCode.FAILED_PRECONDITION, Reason.GEOMETRY_MISMATCH, str(error)) from error
-        return mine
+        return [
+            [Destination(shards[r.owner].host, shards[r.owner].port, r.source, r.target, r.heads) for r in way]
+            for way in routes
+        ]
 
     def _check_target(self, request: prefill_pb2.PrefillRequest) -> SendTo:
         target = request.target
-        mine = self._check_geometry(target.geometry, target.shards)
+        mine = self.engine.movers[0].geometry
+        destinations = self._destinations(target.geometry, target.shards)
         missing = len(request.prompt_token_ids) - target.start_token
         problem = ""
         if len(target.transfer_id) != 16:
@@ -208,8 +212,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             problem = "transfer_id was used before"
         if problem:
             raise invalid(Reason.BAD_TARGET, problem, param="target")
-        shards = [(shard.host, shard.port) for shard in target.shards]
-        return SendTo(target.transfer_id, shards, target.start_token, len(target.block_ids))
+        return SendTo(target.transfer_id, destinations, target.start_token, len(target.block_ids))
 
     async def _compute(
         self, request: prefill_pb2.PrefillRequest, target: SendTo | None, live: LiveRequest

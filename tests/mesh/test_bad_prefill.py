@@ -78,7 +78,6 @@ def test_prefill_prompt(mesh: RunningMesh, ids: list[int], reason: Reason) -> No
         ({"start_token": 1024}, "target"),
         ({"codec": kv_pb2.KV_CODEC_UNSPECIFIED}, "target"),
         ({"shards": []}, "shards"),
-        ({"shards": [kv_pb2.KvShard(host="127.0.0.1", port=1)] * 2}, "shards"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -106,6 +105,12 @@ def test_prefill_geometry(mesh: RunningMesh, good: prefill_pb2.PrefillRequest, f
     with grpc.insecure_channel(mesh.prefill_address) as channel:
         got = refusal(lambda: prefill_pb2_grpc.PrefillServiceStub(channel).ConnectOwner(request, timeout=5))
     assert (got.code, got.reason) == (grpc.StatusCode.FAILED_PRECONDITION, Reason.GEOMETRY_MISMATCH)
+
+
+def test_prefill_shards_that_heads_do_not_divide_over(mesh: RunningMesh, good: prefill_pb2.PrefillRequest) -> None:
+    got = _prefill(mesh, _retarget(good, shards=[kv_pb2.KvShard(host="127.0.0.1", port=1)] * 2))
+    assert (got.code, got.reason) == (grpc.StatusCode.FAILED_PRECONDITION, Reason.GEOMETRY_MISMATCH)
+    assert "3 KV heads do not divide over 2 shards" in got.message
 
 
 @pytest.mark.parametrize(("host", "port"), [("127.0.0.1", 1), ("", 0), ("127.0.0.1", 99_999)])

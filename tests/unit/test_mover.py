@@ -23,6 +23,7 @@ from tokenmesh.kv.messages import (
     Commit,
     Connect,
     Connected,
+    Destination,
     Expect,
     MoverReady,
     OpenSend,
@@ -123,7 +124,7 @@ async def transfer(
     """All layers of `source` blocks into `target` blocks, in two pushes a layer as chunked prefill does."""
     owner.hub.send("mover-0", Expect(ticket, target))
     await asyncio.sleep(0.05)
-    await sender.tell(OpenSend(ticket, *owner.address))
+    await sender.tell(OpenSend(ticket, [Destination(*owner.address)]))
     half = len(source) // 2
     for first, blocks in ((0, source[:half]), (half, source[half:])):
         for layer in range(LAYERS):
@@ -163,7 +164,7 @@ async def test_blocks_arrive(pair: tuple[LocalMover, LocalMover]) -> None:
 async def test_a_transfer_without_a_ticket_is_refused(pair: tuple[LocalMover, LocalMover]) -> None:
     sender, owner = pair
     sender.data[:] = 1
-    await sender.tell(OpenSend(b"n" * 16, *owner.address))
+    await sender.tell(OpenSend(b"n" * 16, [Destination(*owner.address)]))
     await sender.tell(Push(b"n" * 16, 0, 0, [1, 2]))
     await sender.tell(Commit(b"n" * 16))
     assert "refused" in (await sender.expect(SendDone)).error
@@ -172,7 +173,7 @@ async def test_a_transfer_without_a_ticket_is_refused(pair: tuple[LocalMover, Lo
 
 async def test_cancel_ends_a_transfer(pair: tuple[LocalMover, LocalMover]) -> None:
     sender, owner = pair
-    await sender.tell(OpenSend(b"c" * 16, *owner.address))
+    await sender.tell(OpenSend(b"c" * 16, [Destination(*owner.address)]))
     await sender.tell(Push(b"c" * 16, 0, 0, [1, 2]))
     await sender.tell(CancelSend(b"c" * 16))
     assert (await sender.expect(SendDone)).error == "cancelled"
@@ -183,7 +184,7 @@ async def test_a_dead_owner_fails_the_transfer_at_once(pair: tuple[LocalMover, L
     # (1) A connected pair with an open transfer.
     done, _ = await transfer(sender, owner, b"1" * 16, [1, 2], [3, 4])
     assert done.error == ""
-    await sender.tell(OpenSend(b"d" * 16, *owner.address))
+    await sender.tell(OpenSend(b"d" * 16, [Destination(*owner.address)]))
     await sender.tell(Push(b"d" * 16, 0, 0, [1, 2]))
     # (2) The owner is killed; COMMIT is answered by an error, not by silence.
     owner.process.kill()
@@ -193,7 +194,7 @@ async def test_a_dead_owner_fails_the_transfer_at_once(pair: tuple[LocalMover, L
     assert (await sender.expect(SendDone)).error != ""
     assert asyncio.get_running_loop().time() - start < 5
     # (3) Nobody listens there any more: the next transfer says so.
-    await sender.tell(OpenSend(b"e" * 16, *owner.address))
+    await sender.tell(OpenSend(b"e" * 16, [Destination(*owner.address)]))
     await sender.tell(Commit(b"e" * 16))
     assert "KV owner" in (await sender.expect(SendDone)).error
     owner.process.returncode = 0

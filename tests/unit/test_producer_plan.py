@@ -10,7 +10,7 @@ import pytest
 
 from tokenmesh.engine.producer import ProducerPlan, ProducerScheduler, StepPush
 from tokenmesh.engine.settings import ConnectorSettings, SendTo
-from tokenmesh.kv.messages import EngineCounts, ToService
+from tokenmesh.kv.messages import Destination, EngineCounts, ToService
 
 BLOCK = 128
 TICKET = b"t" * 16
@@ -39,7 +39,7 @@ class Engine:
         self.scheduler.kv_cache_manager = self.manager  # type: ignore[assignment]
         blocks = -(-prompt // BLOCK)
         self.manager.tables["r"] = list(range(100, 100 + blocks))
-        target = SendTo(TICKET, [("h", 1)], start_token, blocks - start_token // BLOCK)
+        target = SendTo(TICKET, [[Destination("h", 1)]], start_token, blocks - start_token // BLOCK)
         params = {SendTo.KEY: msgspec.to_builtins(target)}
         self.request: Any = SimpleNamespace(request_id="r", num_prompt_tokens=prompt, kv_transfer_params=params)
         self.scheduler.allocated(self.request, None, 0)  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.unit.test_mover import LAYERS, SIZE, LocalMover
-from tokenmesh.kv.messages import Commit, Expect, OpenSend, Push, Relay, SendDone, Settle, Settled
+from tokenmesh.kv.messages import Commit, Destination, Expect, OpenSend, Push, Relay, SendDone, Settle, Settled
 from tokenmesh.kv.sender import Peer
 from tokenmesh.kv.wire import Header, Kind
 
@@ -46,7 +46,7 @@ class Route:
 
     async def send(self, source: list[int], ticket: bytes = TICKET) -> SendDone:
         """All layers in two halves, as chunked prefill does."""
-        await self.sender.tell(OpenSend(ticket, *self.relay.address))
+        await self.sender.tell(OpenSend(ticket, [Destination(*self.relay.address)]))
         half = len(source) // 2
         for first, blocks in ((0, source[:half]), (half, source[half:])):
             for layer in range(LAYERS):
@@ -121,7 +121,7 @@ async def test_a_relay_receives_for_itself_as_well(one: Route) -> None:
     one.relay.hub.send("mover-0", Expect(mine, [20, 21]))
     assert await one.settle(one.relay, b"?" * 16) == "unknown transfer"
     for ticket in (TICKET, mine):
-        await one.sender.tell(OpenSend(ticket, *one.relay.address))
+        await one.sender.tell(OpenSend(ticket, [Destination(*one.relay.address)]))
     for layer in range(LAYERS):
         await one.sender.tell(Push(TICKET, layer, 0, [1, 2]))
         await one.sender.tell(Push(mine, layer, 0, [3, 4]))
@@ -159,9 +159,8 @@ def messages() -> Iterator[tuple[Header, np.ndarray]]:
 
 
 async def commit(peer: Peer) -> bool:
-    receipt = asyncio.ensure_future(peer.receipt(TICKET))
-    await peer.send(Header(Kind.COMMIT, TICKET, LAYERS, first=LAYERS).sealed())
-    return (await asyncio.wait_for(receipt, 20)).first == 1
+    header = Header(Kind.COMMIT, TICKET, LAYERS, first=LAYERS).sealed()
+    return await asyncio.wait_for(peer.commit(header), 20)
 
 
 async def test_the_owner_checks_what_the_first_sender_sealed(one: Route, raw: Peer) -> None:
@@ -196,7 +195,7 @@ async def test_the_owner_checks_what_the_first_sender_sealed(one: Route, raw: Pe
 async def test_a_closed_relay_fails_the_transfer(one: Route) -> None:
     # (1) Half of the layers are through, ...
     await one.expect([3, 4])
-    await one.sender.tell(OpenSend(TICKET, *one.relay.address))
+    await one.sender.tell(OpenSend(TICKET, [Destination(*one.relay.address)]))
     await one.push([1, 2], range(2))
     async with asyncio.timeout(20):
         # Blocks arrive without a word.

@@ -15,7 +15,7 @@ from tokenmesh.engine.counts import CountsReporter
 from tokenmesh.engine.settings import IDLE_WAIT_S, ConnectorSettings, SendTo
 from tokenmesh.engine.shared_kv import SharedKv, geometry_of
 from tokenmesh.kv.hub import EngineLink
-from tokenmesh.kv.messages import CancelSend, Commit, KvSent, OpenSend, Push
+from tokenmesh.kv.messages import CancelSend, Commit, Destination, KvSent, OpenSend, Push
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +29,8 @@ class StepPush(msgspec.Struct, frozen=True):
     """What one step completes of one transfer. Block lists are local ids; places count in the target's list."""
 
     transfer_id: bytes
-    shards: list[tuple[str, int]]
+    destinations: list[list[Destination]]
+    """Per tensor-parallel shard."""
     opening: bool
     """The first push of this transfer."""
     ready: list[int]
@@ -117,7 +118,7 @@ class ProducerScheduler:
         self._plan.pushes.append(
             StepPush(
                 target.transfer_id,
-                target.shards,
+                target.destinations,
                 not sending.opened,
                 blocks[first:ready_stop],
                 first - start_block,
@@ -185,9 +186,8 @@ class ProducerWorker:
             self._released[transfer_id] = req_id
         for push in plan.pushes:
             if push.opening:
-                host, port = push.shards[self._shard]
                 self._open.add(push.transfer_id)
-                self.kv.command(OpenSend(push.transfer_id, host, port))
+                self.kv.command(OpenSend(push.transfer_id, push.destinations[self._shard]))
             if push.ready:
                 for layer in range(self.kv.geometry.layers):
                     self.kv.command(Push(push.transfer_id, layer, push.ready_first, push.ready))

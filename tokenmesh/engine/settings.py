@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from tokenmesh.kv.messages import Destination
 from tokenmesh.parallel.placement import Policy
 
 if TYPE_CHECKING:
@@ -53,8 +54,8 @@ class SendTo(msgspec.Struct, frozen=True):
     """A KvTarget as a prefill service hands it to its scheduler, inside the request's kv_transfer_params."""
 
     transfer_id: bytes
-    shards: list[tuple[str, int]]
-    """UCX (host, port) per tensor-parallel shard."""
+    destinations: list[list[Destination]]
+    """Where each of our tensor-parallel shards sends which of its heads."""
     start_token: int
     num_blocks: int
 

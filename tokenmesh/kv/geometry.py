@@ -12,7 +12,10 @@ class GeometryMismatchError(Exception):
 
 
 class BlockGeometry(msgspec.Struct, frozen=True):
-    """Shape of one shard's KV blocks. Sizes in elements or tokens unless the name says bytes."""
+    """Shape of one shard's KV blocks; on CPUs [kv heads, keys and values of all tokens].
+
+    Sizes in elements or tokens unless the name says bytes.
+    """
 
     layers: int
     kv_heads: int
@@ -24,12 +27,29 @@ class BlockGeometry(msgspec.Struct, frozen=True):
     packing: str
     """Order inside a block; kernels of different instruction sets pack keys differently."""
 
-    def check_equal(self, other: BlockGeometry) -> None:
-        """Raises GeometryMismatchError unless blocks can be copied byte by byte."""
-        for field in self.__struct_fields__:
-            mine, theirs = getattr(self, field), getattr(other, field)
+    @property
+    def by_head(self) -> bool:
+        """Whether a head's part of a block is contiguous, so that heads can be moved one by one."""
+        return self.packing.startswith("cpu_attn/")
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of one head of one block."""
+        return self.block_bytes // self.kv_heads
+
+    def check_reaches(self, owner: BlockGeometry) -> None:
+        """Raises GeometryMismatchError unless heads of our blocks can be copied byte by byte into the owner's."""
+        if owner.kv_heads < 1 or owner.block_bytes % owner.kv_heads:
+            raise GeometryMismatchError(f"{owner.kv_heads} KV heads do not fit a block of {owner.block_bytes} bytes")
+        for field in ("layers", "head_size", "block_size", "dtype", "packing", "head_bytes"):
+            mine, theirs = getattr(self, field), getattr(owner, field)
             if mine != theirs:
-                raise GeometryMismatchError(f"KV geometry differs in {field}: {mine!r} here, {theirs!r} at the owner")
+                hint = ""
+                if field == "block_size" and self.by_head:
+                    hint = "; keys lie transposed inside a block, so blocks can be neither cut nor joined"
+                raise GeometryMismatchError(
+                    f"KV geometry differs in {field}: {mine!r} here, {theirs!r} at the owner{hint}"
+                )
 
     def blocks_for(self, tokens: int) -> int:
         """Blocks that hold this many tokens."""

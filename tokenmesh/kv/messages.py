@@ -14,12 +14,24 @@ from tokenmesh.kv.geometry import BlockGeometry
 # To the mover, from its engine worker (first three) or its service.
 
 
-class OpenSend(msgspec.Struct, frozen=True, tag=True, gc=False):
-    """Prepare to send: connect if need be."""
+class Destination(msgspec.Struct, frozen=True, gc=False):
+    """One owner shard of a transfer, and the heads that it is sent."""
 
-    transfer_id: bytes
     host: str
     port: int
+    source: int = 0
+    """Place of the first head in the sender's shard."""
+    target: int = 0
+    """Place of the first head in the owner's shard."""
+    heads: int = 0
+    """How many; 0: all of the sender's shard."""
+
+
+class OpenSend(msgspec.Struct, frozen=True, tag=True, gc=False):
+    """Prepare to send: connect if need be. Without destinations, this shard has nothing that others do not send."""
+
+    transfer_id: bytes
+    destinations: list[Destination]
 
 
 class Push(msgspec.Struct, frozen=True, tag=True, gc=False):
@@ -92,6 +104,8 @@ class Connected(msgspec.Struct, frozen=True, tag=True, gc=False):
     transport: str
     goodput: float
     """Measured bytes per second; 0 if not measured."""
+    shard: int
+    """The sender's."""
 
 
 class SendDone(msgspec.Struct, frozen=True, tag=True, gc=False):
@@ -105,6 +119,7 @@ class SendDone(msgspec.Struct, frozen=True, tag=True, gc=False):
     seconds: float
     exposed_seconds: float
     transport: str
+    shard: int
 
 
 class Settled(msgspec.Struct, frozen=True, tag=True, gc=False):
@@ -119,6 +134,8 @@ class Settled(msgspec.Struct, frozen=True, tag=True, gc=False):
     seconds: float
     transport: str
     bad_messages: int
+    dropped: dict[str, int] = {}
+    """Messages that the mover dropped since it last said so, by reason; those of no ticket are among them."""
 
 
 class WantKv(msgspec.Struct, frozen=True, tag=True, gc=False):

@@ -91,7 +91,7 @@ async def _run(args: MoverArgs) -> None:
     def report(message: object) -> None:
         outbox.put_nowait(encode(message))
 
-    sender = Sender(worker, memory, args.chunk_bytes, args.window, report)
+    sender = Sender(worker, memory, args.chunk_bytes, args.window, report, args.shard)
     relays = Relays(sender.peer)
     receiver = Receiver(args.shard, memory, args.chunk_bytes, args.window, report, relays)
     port = worker.listen(args.port, receiver.serve)
@@ -127,8 +127,8 @@ def _dispatch(message: ToMover, sender: Sender, receiver: Receiver, relays: Rela
     match message:
         case Push() | Commit():
             sender.add(message)
-        case OpenSend(transfer_id, host, port):
-            sender.start(transfer_id, host, port)
+        case OpenSend(transfer_id, destinations):
+            sender.start(transfer_id, destinations)
         case CancelSend(transfer_id):
             sender.cancel(transfer_id)
         case Expect():

@@ -3,6 +3,9 @@
 A payload is received into staging memory and copied into its blocks only while its ticket is open. That copy runs to
 its end within one turn of the event loop, and so does settling: a late or repeated message cannot touch a block that
 was given to somebody else, whatever the sender does.
+
+Headers and payloads are matched by their order. Where that may be lost (a damaged header, a payload of another length,
+wrong checksums in transfer after transfer) the endpoint is closed: its transfers fail, and the sender connects anew.
 """
 
 from __future__ import annotations
@@ -10,17 +13,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import numpy as np
 import structlog
 
-from tokenmesh.kv.memory import Buffer, KvMemory
+from tokenmesh.kv import wire
+from tokenmesh.kv.memory import Buffer, Heads, KvMemory
 from tokenmesh.kv.messages import Expect, Settled
 from tokenmesh.kv.relay import Relays
 from tokenmesh.kv.stopwatch import Stopwatch
-from tokenmesh.kv.ucx import UcxEndpoint, UcxError
-from tokenmesh.kv.wire import HEADER_BYTES, HEADER_CHANNEL, PAYLOAD_CHANNEL, Header, Kind, WireError
+from tokenmesh.kv.ucx import TooLongError, UcxEndpoint, UcxError
+from tokenmesh.kv.wire import HEADER_BYTES, HEADER_CHANNEL, PAYLOAD_CHANNEL, PROBE_ID, Header, Kind, WireError
 
 log = structlog.get_logger()
 
@@ -28,9 +33,9 @@ log = structlog.get_logger()
 class _Ticket:
     """Blocks that one transfer may write once."""
 
-    def __init__(self, blocks: list[int], layers: int) -> None:
-        self.blocks = blocks
-        self.missing = np.ones((layers, len(blocks)), dtype=bool)
+    def __init__(self, blocks: list[int], layers: int, heads: int) -> None:
+        self.blocks = np.array(blocks, dtype=np.int64)
+        self.missing = np.ones((layers, len(blocks), heads), dtype=bool)
         self.bytes = 0
         self.bad = 0
         self.error = ""
@@ -40,6 +45,36 @@ class _Ticket:
     @property
     def complete(self) -> bool:
         return not self.error and not self.missing.any()
+
+    def has(self, heads: Heads) -> bool:
+        """Whether these heads of every block are here."""
+        return not self.error and not self.missing[:, :, heads.first : heads.first + heads.count].any()
+
+
+class _Inlet:
+    """One sender's connection."""
+
+    def __init__(self, endpoint: UcxEndpoint) -> None:
+        self.endpoint = endpoint
+        self.applied: set[asyncio.Task[None]] = set()
+        self.relayed: set[asyncio.Task[None]] = set()
+        self.spoiled: set[bytes] = set()
+        """Transfers with a wrong checksum since the last right one."""
+
+    def start(self, tasks: set[asyncio.Task[None]], work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+    def judge(self, transfer_id: bytes, reason: str) -> None:
+        """Closes the endpoint if what came shows that headers and payloads no longer belong together."""
+        if reason in ("", "duplicate"):
+            self.spoiled.clear()
+        elif reason == "corrupt":
+            # Within one transfer it may be the source that has changed under the send.
+            self.spoiled.add(transfer_id)
+            if len(self.spoiled) > 1:
+                self.endpoint.close()
 
 
 class Receiver:
@@ -61,7 +96,8 @@ class Receiver:
         self._report = report
         self._tickets: dict[bytes, _Ticket] = {}
         self.counts: Counter[str] = Counter()
-        """Dropped messages by reason: stray, duplicate, corrupt, out_of_range."""
+        """Dropped messages by reason: stray, duplicate, corrupt, out_of_range, too_long, stalled, bad_header."""
+        self._told: Counter[str] = Counter()
         # Chunks are cut by the sender at its own block count, but never above the larger of these two.
         self._limit = max(chunk_bytes, memory.geometry.block_bytes, 4 << 20)
         self._staging: asyncio.Queue[Buffer] = asyncio.Queue()
@@ -75,18 +111,22 @@ class Receiver:
 
     def expect(self, message: Expect) -> None:
         """Opens a ticket."""
-        self._tickets[message.transfer_id] = _Ticket(message.blocks, self._memory.geometry.layers)
+        geometry = self._memory.geometry
+        self._tickets[message.transfer_id] = _Ticket(message.blocks, geometry.layers, geometry.kv_heads)
 
     def settle(self, transfer_id: bytes) -> None:
         """Closes a ticket and reports it; from here on its blocks are not written."""
         self._relays.close(transfer_id)
         ticket = self._tickets.pop(transfer_id, None)
         if ticket is None:
-            self._report(Settled(transfer_id, self._shard, False, "unknown transfer", 0, 0, 0.0, "", 0))
+            self._report(
+                Settled(transfer_id, self._shard, False, "unknown transfer", 0, 0, 0.0, "", 0, self._dropped())
+            )
             return
         error = ticket.error
-        if not error and not ticket.complete:
-            error = f"{int(ticket.missing.sum())} of {ticket.missing.size} block layers did not arrive"
+        missing = ticket.missing.any(axis=2)
+        if not error and missing.any():
+            error = f"{int(missing.sum())} of {missing.size} block layers did not arrive"
         self._report(
             Settled(
                 transfer_id,
@@ -94,52 +134,63 @@ class Receiver:
                 ticket.complete,
                 error,
                 ticket.bytes,
-                int((~ticket.missing).sum()),
+                int((~missing).sum()),
                 ticket.wire.seconds,
                 ticket.transport,
                 ticket.bad,
+                self._dropped(),
             )
         )
 
+    def _dropped(self) -> dict[str, int]:
+        """What was dropped since this was last asked."""
+        news, self._told = self.counts - self._told, self.counts.copy()
+        return dict(news)
+
     async def serve(self, endpoint: UcxEndpoint) -> None:
-        """Reads one sender's messages until it goes away; the caller closes the endpoint."""
-        applied: set[asyncio.Task[None]] = set()
-        relayed: set[asyncio.Task[None]] = set()
+        """Reads one sender's messages until it goes away or is out of step, and closes the endpoint."""
+        inlet = _Inlet(endpoint)
         raw = np.empty(HEADER_BYTES, dtype=np.uint8)
         try:
             while True:
+                # A message that is too short must not be completed by the one before it.
+                raw[:] = 0
                 await endpoint.recv(raw, HEADER_CHANNEL)
-                header = Header.from_buffer(raw)
-                if header.kind is Kind.DATA:
-                    if not 0 < header.length <= self._limit:
-                        raise WireError(f"payload of {header.length} bytes")
-                    staging = await self._staging.get()
-                    # Submitted here and now: payloads must be received in the order of their headers.
-                    received = endpoint.recv(staging[: header.length], PAYLOAD_CHANNEL, bulk=True)
-                    task = asyncio.create_task(self._receive(received, header, staging, endpoint.transport))
-                    applied.add(task)
-                    task.add_done_callback(applied.discard)
-                elif header.kind is Kind.COMMIT:
-                    await asyncio.gather(*applied)
-                    if header.transfer_id in self._relays:
-                        # The owner may be slow, and this sender's other transfers must not wait for it.
-                        task = asyncio.create_task(self._relay_commit(header, endpoint))
-                        relayed.add(task)
-                        task.add_done_callback(relayed.discard)
-                        continue
-                    ticket = self._tickets.get(header.transfer_id)
-                    whole = header.intact() and ticket is not None and ticket.complete
-                    await self._answer(header, whole, endpoint)
-        except WireError as error:
+                await self._take(Header.from_buffer(raw), inlet)
+        except (WireError, TooLongError) as error:
+            self.counts["bad_header"] += 1
             log.warning("kv sender out of step", error=str(error))
         except UcxError as error:
             log.info("kv sender gone", error=str(error))
         finally:
-            await asyncio.gather(*applied, *relayed, return_exceptions=True)
+            # First, since a payload that never comes would be waited for.
+            endpoint.close()
+            await asyncio.gather(*inlet.applied, *inlet.relayed, return_exceptions=True)
+
+    async def _take(self, header: Header, inlet: _Inlet) -> None:
+        """Handles one header; for DATA submits the receive of what follows it. Raises WireError."""
+        if header.kind is Kind.DATA:
+            if not 0 < header.length <= self._limit:
+                raise WireError(f"payload of {header.length} bytes")
+            staging = await self._staging.get()
+            # Submitted here and now: payloads must be received in the order of their headers.
+            received = inlet.endpoint.recv(staging[: header.length], PAYLOAD_CHANNEL, bulk=True)
+            inlet.start(inlet.applied, self._receive(received, header, staging, inlet))
+        elif header.kind is Kind.COMMIT:
+            await asyncio.gather(*inlet.applied)
+            if header.transfer_id in self._relays:
+                # The owner may be slow, and this sender's other transfers must not wait for it.
+                inlet.start(inlet.relayed, self._relay_commit(header, inlet.endpoint))
+                return
+            ticket = self._tickets.get(header.transfer_id)
+            whole = header.intact() and ticket is not None and ticket.has(self._heads(header))
+            await self._answer(header, whole, inlet.endpoint)
+        else:
+            raise WireError(f"{header.kind.name} is not for an owner")
 
     @staticmethod
     async def _answer(header: Header, whole: bool, endpoint: UcxEndpoint) -> None:
-        answer = Header(Kind.RECEIPT, header.transfer_id, first=int(whole))
+        answer = Header(Kind.RECEIPT, header.transfer_id, first=int(whole), head=header.head, heads=header.heads)
         await endpoint.send(answer.sealed().to_buffer(), HEADER_CHANNEL)
 
     async def _relay_commit(self, header: Header, endpoint: UcxEndpoint) -> None:
@@ -147,52 +198,75 @@ class Receiver:
         with contextlib.suppress(UcxError):
             await self._answer(header, whole, endpoint)
 
-    async def _receive(self, received: asyncio.Future[None], header: Header, staging: Buffer, transport: str) -> None:
+    async def _receive(self, received: asyncio.Future[None], header: Header, staging: Buffer, inlet: _Inlet) -> None:
         ticket = self._tickets.get(header.transfer_id)
         try:
             with ticket.wire.message() if ticket is not None else contextlib.nullcontext():
-                await received
+                await asyncio.wait({received}, timeout=wire.STALL_S)
+            if not received.done():
+                # Its sender hangs, and would hold staging memory that others need.
+                self._drop(self._tickets.get(header.transfer_id), "stalled")
+                inlet.endpoint.close()
+            await received
             if header.transfer_id in self._relays:
                 await self._relays.forward(header, staging[: header.length])
             else:
-                self._apply(header, staging[: header.length], transport)
+                reason = self._apply(header, staging[: header.length], inlet.endpoint.transport)
+                inlet.judge(header.transfer_id, reason)
+                if reason not in ("", "probe"):
+                    log.info(
+                        "kv message dropped",
+                        reason=reason,
+                        transfer=header.transfer_id.hex()[:8],
+                        sequence=header.sequence,
+                        layer=header.layer,
+                        first=header.first,
+                        blocks=header.blocks,
+                    )
+        except TooLongError:
+            self._drop(self._tickets.get(header.transfer_id), "too_long")
+            inlet.endpoint.close()
+        except UcxError as error:
+            log.debug("kv payload lost with its sender", error=str(error))
         finally:
             self._staging.put_nowait(staging)
 
-    def _apply(self, header: Header, payload: Buffer, transport: str) -> None:
-        """Copies a payload into its blocks, or drops and counts it. Never awaits: see the module's docstring."""
+    def _heads(self, header: Header) -> Heads:
+        return Heads(header.head, header.heads) if header.heads else self._memory.all_heads
+
+    def _drop(self, ticket: _Ticket | None, reason: str) -> str:
+        self.counts[reason] += 1
+        if ticket is not None:
+            ticket.bad += 1
+        return reason
+
+    def _apply(self, header: Header, payload: Buffer, transport: str) -> str:
+        """Copies a payload into its blocks, or drops and counts it; returns the reason, empty if it was copied.
+
+        Never awaits: see the module's docstring.
+        """
         ticket = self._tickets.get(header.transfer_id)
         if ticket is None:
-            self.counts["probe" if header.transfer_id == bytes(16) else "stray"] += 1
-            return
+            return self._drop(None, "probe" if header.transfer_id == PROBE_ID else "stray")
         ticket.transport = transport
         geometry = self._memory.geometry
-        stop = header.first + header.blocks
+        stop, heads = header.first + header.blocks, self._heads(header)
         if not header.intact(payload):
             ticket.error = f"message {header.sequence} is corrupt"
-            reason = "corrupt"
-        elif (
+            return self._drop(ticket, "corrupt")
+        if (
             header.layer >= geometry.layers
             or stop > len(ticket.blocks)
-            or header.length != header.blocks * geometry.block_bytes
+            or heads.first + heads.count > geometry.kv_heads
+            or (heads != self._memory.all_heads and not geometry.by_head)
+            or header.length != self._memory.nbytes(header.blocks, heads)
         ):
             ticket.error = f"message {header.sequence} points outside its ticket"
-            reason = "out_of_range"
-        elif not ticket.missing[header.layer, header.first : stop].all():
-            reason = "duplicate"
-        else:
-            self._memory.scatter(header.layer, ticket.blocks[header.first : stop], payload)
-            ticket.missing[header.layer, header.first : stop] = False
-            ticket.bytes += header.length
-            return
-        ticket.bad += 1
-        self.counts[reason] += 1
-        log.warning(
-            "kv message dropped",
-            reason=reason,
-            transfer=header.transfer_id.hex()[:8],
-            sequence=header.sequence,
-            layer=header.layer,
-            first=header.first,
-            blocks=header.blocks,
-        )
+            return self._drop(ticket, "out_of_range")
+        missing = ticket.missing[header.layer, header.first : stop, heads.first : heads.first + heads.count]
+        if not missing.all():
+            return self._drop(ticket, "duplicate")
+        self._memory.scatter(header.layer, ticket.blocks[header.first : stop], heads, payload)
+        missing[:] = False
+        ticket.bytes += header.length
+        return ""

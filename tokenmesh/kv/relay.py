@@ -58,9 +58,7 @@ class Relays:
         """Sends COMMIT on and returns whether the owner has everything."""
         try:
             peer = await self._peer(header.transfer_id)
-            receipt = asyncio.ensure_future(peer.receipt(header.transfer_id))
-            await peer.send(header)
-            return (await asyncio.wait_for(receipt, RECEIPT_TIMEOUT_S)).first == 1
+            return await asyncio.wait_for(peer.commit(header), RECEIPT_TIMEOUT_S)
         except (SendError, TimeoutError) as error:
             log.warning("kv commit not relayed", error=str(error))
             return False

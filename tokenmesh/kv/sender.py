@@ -5,17 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import structlog
 
-from tokenmesh.kv.memory import Buffer, KvMemory
-from tokenmesh.kv.messages import Commit, Connected, Push, SendDone
+from tokenmesh.kv import wire
+from tokenmesh.kv.memory import Buffer, Heads, KvMemory
+from tokenmesh.kv.messages import Commit, Connected, Destination, Push, SendDone
 from tokenmesh.kv.stopwatch import Stopwatch
 from tokenmesh.kv.ucx import UcxEndpoint, UcxError, UcxWorker
-from tokenmesh.kv.wire import HEADER_BYTES, HEADER_CHANNEL, PAYLOAD_CHANNEL, Header, Kind, WireError
+from tokenmesh.kv.wire import HEADER_BYTES, HEADER_CHANNEL, PAYLOAD_CHANNEL, PROBE_ID, Header, Kind, WireError
 
 log = structlog.get_logger()
 
@@ -34,14 +35,15 @@ class Peer:
         self.transport = endpoint.transport
         self._endpoint = endpoint
         self._window = asyncio.Semaphore(window)
-        self._receipts: dict[bytes, asyncio.Future[Header]] = {}
+        self._receipts: dict[tuple[bytes, int], asyncio.Future[Header]] = {}
+        """By transfer and first head: shards of a relayed sender may each commit theirs."""
         self._reader = asyncio.create_task(self._read_receipts())
         self.failure: Exception | None = None
         self.goodput = 0.0
         """Measured at connection, bytes per second."""
 
     async def send(self, header: Header, payload: Buffer | None = None) -> None:
-        """Sends one message; returns once UCX no longer reads the payload.
+        """Sends one message; returns, or raises SendError, once UCX no longer reads the payload.
 
         Header and payload are submitted back to back, so that messages of several transfers never mix.
         """
@@ -51,15 +53,22 @@ class Peer:
             parts = [self._endpoint.send(header.to_buffer(), HEADER_CHANNEL)]
             if payload is not None:
                 parts.append(self._endpoint.send(payload, PAYLOAD_CHANNEL, bulk=True))
-            await asyncio.gather(*parts)
+            await asyncio.wait(parts)
+        for error in [part.exception() for part in parts]:
+            if error is not None:
+                raise SendError(f"lost the KV owner: {error}")
 
-    async def receipt(self, transfer_id: bytes) -> Header:
-        """Waits for the owner's answer to COMMIT."""
-        future = self._receipts.setdefault(transfer_id, asyncio.get_running_loop().create_future())
+    async def commit(self, header: Header) -> bool:
+        """Sends COMMIT and waits for the owner's answer: whether it has everything. Raises SendError."""
+        key = (header.transfer_id, header.head)
+        future = self._receipts.setdefault(key, asyncio.get_running_loop().create_future())
         try:
-            return await future
+            await self.send(header)
+            return (await future).first == 1
         finally:
-            self._receipts.pop(transfer_id, None)
+            if self._receipts.pop(key, None) is not None and future.done() and not future.cancelled():
+                # Taken note of, should the send have failed before anybody waited.
+                future.exception()
 
     async def _read_receipts(self) -> None:
         buffer = np.empty(HEADER_BYTES, dtype=np.uint8)
@@ -67,7 +76,7 @@ class Peer:
             while True:
                 await self._endpoint.recv(buffer, HEADER_CHANNEL)
                 header = Header.from_buffer(buffer)
-                future = self._receipts.get(header.transfer_id)
+                future = self._receipts.get((header.transfer_id, header.head))
                 if header.kind is Kind.RECEIPT and future is not None and not future.done():
                     future.set_result(header)
         except (UcxError, WireError) as error:
@@ -78,9 +87,21 @@ class Peer:
 
     async def close(self) -> None:
         """Closes the endpoint; transfers still using it fail."""
+        self.failure = self.failure or SendError("lost the KV owner: closed")
         self._reader.cancel()
         await asyncio.gather(self._reader, return_exceptions=True)
         self._endpoint.close()
+
+
+@dataclass
+class _Way:
+    """A transfer's way to one owner shard."""
+
+    peer: Peer
+    source: Heads
+    target: int
+    """The first head's place there."""
+    messages: int = 0
 
 
 @dataclass
@@ -89,7 +110,6 @@ class _Transfer:
     task: asyncio.Task[None] | None = None
     begun: bool = False
     cancelled: bool = False
-    messages: int = 0
     bytes: int = 0
     block_layers: int = 0
     wire: Stopwatch = field(default_factory=Stopwatch)
@@ -107,18 +127,20 @@ class Sender:
         chunk_bytes: int,
         window: int,
         report: Callable[[SendDone | Connected], None],
+        shard: int = 0,
     ) -> None:
         self._worker = worker
+        self._shard = shard
         self._memory = memory
         self._window = window
         self._report = report
-        self._blocks_per_message = max(1, chunk_bytes // memory.geometry.block_bytes)
+        self._chunk_bytes = max(chunk_bytes, memory.geometry.block_bytes)
         self._peers: dict[tuple[str, int], asyncio.Task[Peer]] = {}
         self._transfers: dict[bytes, _Transfer] = {}
         # Gathered messages borrow one of these; there is never a reason to hold more than the window.
         self._staging: asyncio.Queue[Buffer] = asyncio.Queue()
         for _ in range(window):
-            self._staging.put_nowait(np.zeros(self._blocks_per_message * memory.geometry.block_bytes, dtype=np.uint8))
+            self._staging.put_nowait(np.zeros(self._chunk_bytes, dtype=np.uint8))
 
     @property
     def open(self) -> int:
@@ -152,15 +174,15 @@ class Sender:
         """Connects ahead of the first transfer and reports how that went."""
         try:
             peer = await self.peer(host, port)
-            self._report(Connected(host, port, "", peer.transport, peer.goodput))
+            self._report(Connected(host, port, "", peer.transport, peer.goodput, self._shard))
         except SendError as error:
-            self._report(Connected(host, port, str(error), "", 0.0))
+            self._report(Connected(host, port, str(error), "", 0.0, self._shard))
 
-    def start(self, transfer_id: bytes, host: str, port: int) -> None:
+    def start(self, transfer_id: bytes, destinations: Sequence[Destination]) -> None:
         """Opens a transfer. Its pushes are sent in order as they come."""
         transfer = self._transfers.setdefault(transfer_id, _Transfer())
         if transfer.task is None:
-            transfer.task = asyncio.create_task(self._run(transfer_id, transfer, host, port))
+            transfer.task = asyncio.create_task(self._run(transfer_id, transfer, destinations))
 
     def add(self, command: Push | Commit) -> None:
         """Queues a push or the commit of an open transfer; one that was cancelled is ignored."""
@@ -173,36 +195,47 @@ class Sender:
     def cancel(self, transfer_id: bytes) -> None:
         """Stops a transfer; SendDone follows once nothing reads its blocks. One that is done or unknown is ignored."""
         transfer = self._transfers.get(transfer_id)
-        if transfer is not None and transfer.task is not None:
+        # Once: a second cancellation would hit the wait for what is still on the wire.
+        if transfer is not None and transfer.task is not None and not transfer.cancelled:
             transfer.cancelled = True
             # A task that has not begun yet would never report if it were cancelled; it looks at the flag instead.
             if transfer.begun:
                 transfer.task.cancel()
 
-    async def _run(self, transfer_id: bytes, transfer: _Transfer, host: str, port: int) -> None:
+    async def _run(self, transfer_id: bytes, transfer: _Transfer, destinations: Sequence[Destination]) -> None:
         error = ""
+        ways: list[_Way] = []
         sends: set[asyncio.Task[None]] = set()
         transfer.begun = True
         try:
             if transfer.cancelled:
                 raise asyncio.CancelledError
-            peer = await self.peer(host, port)
-            transfer.transport = peer.transport
+            for to in destinations:
+                heads = Heads(to.source, to.heads) if to.heads else self._memory.all_heads
+                ways.append(_Way(await self.peer(to.host, to.port), heads, to.target))
+                transfer.transport = ways[0].peer.transport
             while isinstance(command := await transfer.commands.get(), Push):
-                await self._push(transfer_id, transfer, peer, command, sends)
-            await asyncio.gather(*sends)
-            header = Header(Kind.COMMIT, transfer_id, sequence=transfer.messages, first=transfer.messages)
-            receipt = asyncio.ensure_future(peer.receipt(transfer_id))
-            await peer.send(header.sealed())
-            if (await receipt).first != 1:
-                error = "the KV owner refused the transfer"
+                for way in ways:
+                    await self._push(transfer_id, transfer, way, command, sends)
+            await _landed(sends)
+            for way in ways:
+                header = Header(
+                    Kind.COMMIT,
+                    transfer_id,
+                    sequence=way.messages,
+                    first=way.messages,
+                    head=way.target,
+                    heads=way.source.count,
+                )
+                if not await way.peer.commit(header.sealed()):
+                    error = "the KV owner refused the transfer"
         except asyncio.CancelledError:
             error = "cancelled"
         except Exception as failure:  # noqa: BLE001 - any fault ends this transfer alone, and is reported with it
             error = f"{type(failure).__name__}: {failure}" if not isinstance(failure, SendError) else str(failure)
         finally:
             # Blocks may be reused only when UCX has let go of them, whether or not the transfer succeeded.
-            await asyncio.gather(*sends, return_exceptions=True)
+            await _let_go(sends, ways)
             del self._transfers[transfer_id]
             now = time.monotonic()
             self._report(
@@ -214,45 +247,49 @@ class Sender:
                     transfer.wire.seconds,
                     now - (transfer.committed or now),
                     transfer.transport,
+                    self._shard,
                 )
             )
 
     async def _push(
-        self, transfer_id: bytes, transfer: _Transfer, peer: Peer, push: Push, sends: set[asyncio.Task[None]]
+        self, transfer_id: bytes, transfer: _Transfer, way: _Way, push: Push, sends: set[asyncio.Task[None]]
     ) -> None:
-        size = self._memory.geometry.block_bytes
-        limit = self._blocks_per_message
-        for start in range(0, len(push.blocks), limit):
-            blocks = push.blocks[start : start + limit]
-            runs = list(self._memory.runs(push.layer, blocks))
+        limit = max(1, self._chunk_bytes // self._memory.nbytes(1, way.source))
+        everything = np.array(push.blocks, dtype=np.int64)
+        for start in range(0, len(everything), limit):
+            blocks = everything[start : start + limit]
             staging: Buffer | None = None
-            if len(runs) == 1:
-                payload = runs[0][2]
-            else:
+            payload = self._memory.view(push.layer, blocks, way.source)
+            if payload is None:
                 staging = await self._staging.get()
-                payload = self._memory.gather(push.layer, blocks, staging)
+                payload = self._memory.gather(push.layer, blocks, way.source, staging)
             header = Header(
                 Kind.DATA,
                 transfer_id,
-                sequence=transfer.messages,
+                sequence=way.messages,
                 layer=push.layer,
                 first=push.first + start,
                 blocks=len(blocks),
-                length=len(blocks) * size,
+                length=len(payload),
+                head=way.target,
+                heads=way.source.count,
             ).sealed(payload)
-            transfer.messages += 1
+            way.messages += 1
             transfer.bytes += header.length
             transfer.block_layers += len(blocks)
-            task = asyncio.create_task(self._send(peer, header, payload, staging, transfer.wire))
+            task = asyncio.create_task(self._send(way.peer, header, payload, staging, transfer))
             sends.add(task)
-            # Failed sends stay in the set, so that the gather before COMMIT raises what they met.
+            # Failed sends stay in the set, for COMMIT to meet what they met.
             task.add_done_callback(lambda t: sends.discard(t) if not t.cancelled() and not t.exception() else None)
             await asyncio.sleep(0)
 
-    async def _send(self, peer: Peer, header: Header, payload: Buffer, staging: Buffer | None, wire: Stopwatch) -> None:
+    async def _send(
+        self, peer: Peer, header: Header, payload: Buffer, staging: Buffer | None, transfer: _Transfer
+    ) -> None:
         try:
-            with wire.message():
-                await peer.send(header, payload)
+            if not transfer.cancelled:
+                with transfer.wire.message():
+                    await peer.send(header, payload)
         finally:
             if staging is not None:
                 self._staging.put_nowait(staging)
@@ -268,16 +305,35 @@ class Sender:
                 await (await peer_task).close()
 
 
+async def _landed(sends: set[asyncio.Task[None]]) -> None:
+    """Waits for sends and raises what one of them met. Unlike gather, being cancelled leaves them alone."""
+    if sends:
+        done, _ = await asyncio.wait(sends)
+        for task in done:
+            task.result()
+
+
+async def _let_go(sends: set[asyncio.Task[None]], ways: list[_Way]) -> None:
+    """Returns once UCX reads no block of a transfer, if need be by giving up owners that take nothing."""
+    if not sends:
+        return
+    _, stuck = await asyncio.wait(sends, timeout=wire.STALL_S)
+    if stuck:
+        log.warning("a kv owner takes nothing any more")
+        for way in ways:
+            await way.peer.close()
+        await asyncio.wait(stuck)
+
+
 async def _probe(peer: Peer) -> float:
     """Measures a new pair with one throw-away message; returns bytes per second.
 
     It also pays for UCX's lazy wire-up, which the first request would pay otherwise.
     """
     payload = np.zeros(PROBE_BYTES, dtype=np.uint8)
-    nobody = bytes(16)
     best = 0.0
     for sequence in range(3):
-        header = Header(Kind.DATA, nobody, sequence=sequence, length=PROBE_BYTES).sealed(payload)
+        header = Header(Kind.DATA, PROBE_ID, sequence=sequence, length=PROBE_BYTES).sealed(payload)
         start = time.perf_counter()
         await peer.send(header, payload)
         best = max(best, PROBE_BYTES / (time.perf_counter() - start))

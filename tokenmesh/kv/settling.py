@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,9 +33,12 @@ class Settling:
 
     def __init__(self) -> None:
         self._waiting: dict[bytes, dict[int, asyncio.Future[Settled]]] = {}
+        self.dropped: Counter[str] = Counter()
+        """Messages that movers dropped, by reason; `probe` counts those that measured a pair."""
 
     def note(self, message: Settled) -> None:
         """Takes a mover's answer."""
+        self.dropped.update(message.dropped)
         future = self._waiting.get(message.transfer_id, {}).get(message.shard)
         if future is not None and not future.done():
             future.set_result(message)

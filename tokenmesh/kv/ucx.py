@@ -36,6 +36,10 @@ class UcxError(Exception):
     """A peer is unreachable, gone, or the request was cancelled."""
 
 
+class TooLongError(UcxError):
+    """A message is longer than the buffer it was to be received in."""
+
+
 class UcxEndpoint:
     """A connected peer. Messages on one channel arrive in the order in which they were submitted."""
 
@@ -49,14 +53,21 @@ class UcxEndpoint:
 
     def send(self, buffer: Buffer, channel: int, bulk: bool = False) -> asyncio.Future[None]:
         """Submits a send now; the future is done when the buffer may be reused. Fails with UcxError."""
+        if self._endpoint is None:
+            return self._worker.refused("the endpoint is closed")
         return self._worker.submit(self._endpoint.tag_send, buffer, self._send_base | channel, bulk, receive=False)
 
     def recv(self, buffer: Buffer, channel: int, bulk: bool = False) -> asyncio.Future[None]:
-        """Submits a receive now; the future is done when the buffer is filled. Fails with UcxError."""
+        """Submits a receive now; the future is done when the buffer is filled.
+
+        Fails with UcxError, TooLongError if the message does not fit. A shorter one fills the buffer's beginning.
+        """
+        if self._endpoint is None:
+            return self._worker.refused("the endpoint is closed")
         return self._worker.submit(self._endpoint.tag_recv, buffer, self._recv_base | channel, bulk, receive=True)
 
     def close(self) -> None:
-        """Closes at once: open requests fail, and UCX no longer touches their buffers."""
+        """Closes at once: open requests fail, and UCX no longer touches their buffers. Idempotent."""
         if self._endpoint is not None:
             self._endpoint.close_blocking(period=10**9, max_attempts=1)
             self._endpoint = None
@@ -109,10 +120,17 @@ class UcxWorker:
                 continue
             try:
                 request.check_error()
-            except Exception as error:  # noqa: BLE001 - ucxx raises one of forty classes; callers need to know one
-                future.set_exception(UcxError(f"{type(error).__name__}: {error}"))
+            except Exception as error:  # noqa: BLE001 - ucxx raises one of forty classes; callers need to know two
+                kind = TooLongError if "Truncated" in type(error).__name__ else UcxError
+                future.set_exception(kind(f"{type(error).__name__}: {error}"))
             else:
                 future.set_result(None)
+
+    def refused(self, why: str) -> asyncio.Future[None]:
+        """A request that is not made, as a future that has failed."""
+        future: asyncio.Future[None] = self._loop.create_future()
+        future.set_exception(UcxError(why))
+        return future
 
     def submit(
         self, verb: Callable[..., Any], buffer: Buffer, tag: int, bulk: bool, receive: bool

@@ -1,7 +1,8 @@
 """The bytes on a UCX endpoint: a fixed header, and for DATA a payload right behind it.
 
-Every message names its transfer, so an endpoint carries any number of transfers interleaved. The checksum covers the
-header and the payload; a message that fails it fails its transfer and nothing else.
+Every message names its transfer, so an endpoint carries any number of transfers interleaved. Two digests tell what
+went wrong. The header's own: without it nobody knows what follows, so the endpoint must be closed. The checksum over
+header and payload: one that is wrong fails its transfer and nothing else.
 """
 
 from __future__ import annotations
@@ -16,9 +17,15 @@ import xxhash
 
 Buffer = npt.NDArray[np.uint8]
 
-_LAYOUT = struct.Struct("<IHH16sIIIIQQ")
+_LAYOUT = struct.Struct("<IHH16sIIIHHIQQ")
 HEADER_BYTES = _LAYOUT.size
-_MAGIC = 0x544B4D31
+_MAGIC = 0x544B4D33
+
+PROBE_ID = bytes(16)
+"""The transfer id of messages that measure a pair; no ticket."""
+
+STALL_S = 30.0
+"""A payload that has not followed its header by then never will, and one that nobody has taken will not be taken."""
 
 HEADER_CHANNEL = 1
 PAYLOAD_CHANNEL = 2
@@ -32,18 +39,16 @@ class Kind(enum.IntEnum):
     """What a message is."""
 
     DATA = 1
-    """`blocks` blocks of `layer`, the first being the `first`-th of the target's list."""
+    """`heads` heads from `head` on, of `blocks` blocks of `layer` from the `first`-th of the target's list on."""
     COMMIT = 2
-    """Everything was sent; `first` counts the DATA messages."""
-    CANCEL = 3
-    """Nothing more will come."""
+    """Everything of these heads was sent; `first` counts the DATA messages."""
     RECEIPT = 4
-    """The owner's answer to COMMIT; `first` is 1 if everything arrived, else 0."""
+    """The owner's answer to COMMIT; `first` is 1 if everything of these heads arrived, else 0."""
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """One message. Payload length in bytes."""
+    """One message. Payload length in bytes; heads count in the owner's shard, and 0 of them are all."""
 
     kind: Kind
     transfer_id: bytes
@@ -53,8 +58,10 @@ class Header:
     blocks: int = 0
     length: int = 0
     checksum: int = 0
+    head: int = 0
+    heads: int = 0
 
-    def _pack(self, checksum: int) -> bytes:
+    def _pack(self, checksum: int, own: int = 0) -> bytes:
         return _LAYOUT.pack(
             _MAGIC,
             self.kind,
@@ -63,7 +70,9 @@ class Header:
             self.sequence,
             self.first,
             self.blocks,
-            0,
+            self.head,
+            self.heads,
+            own,
             self.length,
             checksum,
         )
@@ -83,14 +92,18 @@ class Header:
 
     def to_buffer(self) -> Buffer:
         """The bytes to send, shape [HEADER_BYTES]."""
-        return np.frombuffer(bytearray(self._pack(self.checksum)), dtype=np.uint8)
+        own = xxhash.xxh3_64_intdigest(self._pack(self.checksum)) & 0xFFFFFFFF
+        return np.frombuffer(bytearray(self._pack(self.checksum, own)), dtype=np.uint8)
 
     @classmethod
     def from_buffer(cls, buffer: Buffer) -> Header:
-        """Parses bytes, shape [HEADER_BYTES]. Raises WireError if they cannot be a header of ours."""
-        magic, kind, layer, transfer_id, sequence, first, blocks, zero, length, checksum = _LAYOUT.unpack(
+        """Parses bytes, shape [HEADER_BYTES]. Raises WireError if they are not a header as it was sent."""
+        magic, kind, layer, transfer_id, sequence, first, blocks, head, heads, own, length, checksum = _LAYOUT.unpack(
             buffer.tobytes()
         )
-        if magic != _MAGIC or zero != 0 or kind not in Kind.__members__.values():
+        if magic != _MAGIC or kind not in Kind.__members__.values():
             raise WireError("not a tokenmesh KV header")
-        return cls(Kind(kind), transfer_id, sequence, layer, first, blocks, length, checksum)
+        header = cls(Kind(kind), transfer_id, sequence, layer, first, blocks, length, checksum, head, heads)
+        if own != xxhash.xxh3_64_intdigest(header._pack(checksum)) & 0xFFFFFFFF:
+            raise WireError("a damaged KV header")
+        return header
