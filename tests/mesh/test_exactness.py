@@ -175,6 +175,28 @@ def common(tokens: Sequence[int], want: Sequence[int]) -> int:
 
 
 @pytest.mark.timeout(900)
+async def test_one_rank_gives_the_same_tokens(tmp_path: Path) -> None:
+    # A group of one is stock vLLM behind the mesh's hand-off.
+    some = prompts()[6::3]
+    truth = await asyncio.to_thread(plain_engine, some, "float32", tmp_path)
+    config = mesh_config()
+    decode = config.decode_service.model_copy(update={"token_parallel_size": 1})
+
+    def ask() -> tuple[list[tuple[list[int], int]], list[tuple[list[int], int]]]:
+        with run_mesh(config.model_copy(update={"decode_service": decode}), tmp_path / "logs") as other:
+            remote = asyncio.run(through_mesh(other, some, concurrent=8))
+            other.reset_caches()
+            local = asyncio.run(through_mesh(other, some, concurrent=8, local=True))
+            assert not any(other.wait_idle().values())
+            return remote, local
+
+    remote, local = await asyncio.to_thread(ask)
+    assert [tokens for tokens, _ in remote] == truth
+    assert [tokens for tokens, _ in local] == truth
+    assert sum(decision == sampling_pb2.PREFILL_DECISION_DISAGGREGATED for _, decision in remote) >= 8
+
+
+@pytest.mark.timeout(900)
 async def test_bfloat16_agrees_in_99_of_100_tokens(mesh: RunningMesh, tmp_path: Path) -> None:
     # bfloat16 rounds so coarsely that two orders of the same sum may pick different tokens; plain engines differ from
     # themselves when batches differ. What is asserted is agreement; the differences are printed.

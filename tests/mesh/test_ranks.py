@@ -21,7 +21,7 @@ from tests.mesh.test_exactness import plain_engine, prompts, through_mesh
 from tests.otlp import Receiver
 from tokenmesh.config import MeshConfig
 from tokenmesh.telemetry import span_names as names
-from tokenmesh.v1 import admin_pb2
+from tokenmesh.v1 import admin_pb2, sampling_pb2
 
 RANKS = 3
 BLOCKS = 32
@@ -115,6 +115,35 @@ async def test_a_load_over_capacity_completes_by_queueing(group: Group) -> None:
     assert held >= 0.9 * BLOCKS
 
     # (4) Nothing is left.
+    assert not any((await asyncio.to_thread(mesh.wait_idle)).values())
+
+
+def test_a_worker_takes_little_more_than_its_partition(group: Group) -> None:
+    # Proportional set sizes: what processes share is counted once.
+    worker = worker_process(group, 0)
+    processes = [worker, *worker.children(recursive=True)]
+    assert len(processes) == 3, "the service, its shard and the shard's mover"
+    total = sum(process.memory_full_info().pss for process in processes)
+    partition = group.mesh.config.decode_worker.kv_cache_memory_bytes
+    print(f"a worker takes {(total - partition) / 2**30:.2f} GiB beyond its partition")
+    assert total < partition + (1 << 30)
+
+
+@pytest.mark.timeout(900)
+async def test_prompts_computed_on_the_root_decode_on_all_ranks(group: Group) -> None:
+    # (1) Cold, and with no prefill service's help: the root computes in chunks what two other ranks attend to.
+    mesh = group.mesh
+    await asyncio.to_thread(mesh.reset_caches)
+    done = asyncio.Event()
+    watching = asyncio.create_task(watch(mesh, done))
+    answers = await through_mesh(mesh, group.wave[:16], concurrent=16, new_tokens=NEW_TOKENS, local=True)
+    done.set()
+    seen = await watching
+
+    # (2) Token for token, on all ranks, and nothing is left.
+    assert [tokens for tokens, _ in answers] == group.truth[:16]
+    assert {decision for _, decision in answers} == {sampling_pb2.PREFILL_DECISION_DECODE_ONLY}
+    assert {rank.rank for ranks in seen for rank in ranks if rank.sequences} == {0, 1, 2}
     assert not any((await asyncio.to_thread(mesh.wait_idle)).values())
 
 

@@ -76,9 +76,12 @@ def serve(role: ServiceRole, config: Path | None, replica: int) -> int:
 
 
 def _cpus(mesh: MeshConfig, role: ServiceRole) -> str | None:
-    sections = {
-        ServiceRole.PREFILL: mesh.prefill_service,
-        ServiceRole.DECODE_ROOT: mesh.decode_service,
-        ServiceRole.DECODE_WORKER: mesh.decode_worker,
-    }
-    return sections[role].cpus if role in sections else None
+    match role:
+        case ServiceRole.PREFILL:
+            return mesh.prefill_service.cpus
+        case ServiceRole.DECODE_ROOT:
+            return mesh.decode_service.cpus
+        case ServiceRole.DECODE_WORKER:
+            return mesh.decode_worker.cpus
+        case ServiceRole.GATEWAY:
+            return None
