@@ -9,7 +9,7 @@ knows owners and lengths without asking the device, and runs rank after rank.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -51,7 +51,7 @@ class MixedMetadata:
     """(rank, rows of the batch's tokens, the rank's metadata over them)."""
 
 
-Metadata = FlashAttentionMetadata | DecodeMetadata | MixedMetadata
+Metadata: TypeAlias = FlashAttentionMetadata | DecodeMetadata | MixedMetadata
 
 
 class TokenParallelFlashBackend(FlashAttentionBackend):
@@ -112,8 +112,8 @@ class TokenParallelFlashBuilder(FlashAttentionMetadataBuilder):
             return self._build_decode(common, fast_build)
         owners = self._ranks.owners(common.req_idx, common.num_reqs)
         if not owners.any():
-            root: FlashAttentionMetadata = super().build(common_prefix_len, common, fast_build)
-            return root
+            metadata: Metadata = super().build(common_prefix_len, common, fast_build)
+            return metadata
         return self._build_mixed(common, owners, fast_build)
 
     def _build_decode(self, common: CommonAttentionMetadata, fast_build: bool) -> DecodeMetadata:
@@ -148,8 +148,8 @@ class TokenParallelFlashBuilder(FlashAttentionMetadataBuilder):
         for rank in map(int, np.unique(owners)):
             rows = np.flatnonzero(owners == rank)
             part, tokens = self._select(common, starts, rows, rank)
-            builder = super() if rank == 0 else self._others[rank - 1]
-            shares.append((rank, tokens, builder.build(0, part, fast_build)))
+            build = super().build if rank == 0 else self._others[rank - 1].build
+            shares.append((rank, tokens, build(0, part, fast_build)))
         return MixedMetadata(shares)
 
     def _select(
@@ -310,5 +310,6 @@ class _Streams:
 def device_ranks() -> DeviceRanks:
     """The ranks on this process's GPU."""
     group = active()
-    assert group is not None and group.device is not None, "not a token-parallel worker"
+    assert group is not None
+    assert group.device is not None
     return group.device

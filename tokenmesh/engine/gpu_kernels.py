@@ -4,8 +4,6 @@ No kernel needs the host to know who owns what, none allocates, and all can be c
 in torch in `gpu_rows`.
 """
 
-from __future__ import annotations
-
 import torch
 from vllm.triton_utils import tl, triton
 
@@ -20,9 +18,13 @@ _ELEMENTS = 1024
 def split(table: torch.Tensor, seq_lens: torch.Tensor, slots: torch.Tensor, out: SplitRows) -> None:
     """See `gpu_rows.split_reference`."""
     count = seq_lens.shape[0]
-    assert table.dtype == seq_lens.dtype == torch.int32 and slots.dtype == torch.int64
-    assert count <= out.max_rows and table.shape[0] >= count and table.shape[1] <= out.width
-    assert table.stride(1) == seq_lens.stride(0) == slots.stride(0) == 1 and slots.shape[0] >= count
+    assert table.dtype == seq_lens.dtype == torch.int32
+    assert slots.dtype == torch.int64
+    assert count <= out.max_rows
+    assert table.shape[0] >= count
+    assert table.shape[1] <= out.width
+    assert table.stride(1) == seq_lens.stride(0) == slots.stride(0) == 1
+    assert slots.shape[0] >= count
     _split_kernel[(count,)](
         table,
         table.stride(0),
@@ -49,8 +51,11 @@ def pack(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: torc
     """See `gpu_rows.pack_reference`. q, k, v may be views of one tensor; a row's heads must lie side by side."""
     others, count = rows.shape
     for tensor in (query, key, value):
-        assert tensor.stride(2) == 1 and tensor.stride(1) == tensor.shape[2] and tensor.dtype == out.packed.dtype
-    assert query.shape[0] >= count and rows.stride(1) == 1
+        assert tensor.stride(2) == 1
+        assert tensor.stride(1) == tensor.shape[2]
+        assert tensor.dtype == out.packed.dtype
+    assert query.shape[0] >= count
+    assert rows.stride(1) == 1
     _pack_kernel[(count, others)](
         query,
         key,
@@ -72,8 +77,11 @@ def pack(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: torc
 def unpack(rows: torch.Tensor, packed: PackedRows, output: torch.Tensor) -> None:
     """See `gpu_rows.unpack_reference`."""
     others, count = rows.shape
-    assert output.stride(2) == 1 and output.stride(1) == output.shape[2] and output.dtype == packed.output.dtype
-    assert output.shape[0] >= count and rows.stride(1) == 1
+    assert output.stride(2) == 1
+    assert output.stride(1) == output.shape[2]
+    assert output.dtype == packed.output.dtype
+    assert output.shape[0] >= count
+    assert rows.stride(1) == 1
     _unpack_kernel[(count, others)](
         rows,
         rows.stride(0),

@@ -32,7 +32,14 @@ class PackedRows:
     """q, k, v of the rows of the ranks other than the root, and their attention. Used by one layer after another."""
 
     def __init__(
-        self, others: int, max_rows: int, heads: int, kv_heads: int, head_size: int, dtype: torch.dtype, device: torch.device
+        self,
+        others: int,
+        max_rows: int,
+        heads: int,
+        kv_heads: int,
+        head_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
         self.packed = torch.zeros((others, max_rows, heads + 2 * kv_heads, head_size), dtype=dtype, device=device)
         """[R, B, heads + 2 KV heads, head size]."""

@@ -25,9 +25,7 @@ class TokenParallelGpuWorker(RankSpecs, Worker):
         super().__init__(*args, **kwargs)
         if not self.use_v2_model_runner:
             raise UnsupportedAttentionError("token parallelism on GPUs needs vLLM's model runner V2")
-        register_backend(
-            AttentionBackendEnum.FLASH_ATTN, "tokenmesh.engine.gpu_attention.TokenParallelFlashBackend"
-        )
+        register_backend(AttentionBackendEnum.FLASH_ATTN, "tokenmesh.engine.gpu_attention.TokenParallelFlashBackend")
         settings = ConnectorSettings.from_vllm(self.vllm_config)
         self._ranks = DeviceRanks(
             settings.device_ranks, settings.root_share, self.vllm_config.scheduler_config.max_num_seqs
