@@ -163,7 +163,9 @@ class TokenParallelFlashBuilder(FlashAttentionMetadataBuilder):
         if rows[-1] - rows[0] + 1 == len(rows):
             tokens = slice(int(starts[rows[0]]), int(starts[rows[-1] + 1]))
         else:
-            tokens = self._upload(np.concatenate([np.arange(starts[row], starts[row + 1]) for row in rows]))
+            tokens = self._upload(
+                np.concatenate([np.arange(starts[row], starts[row + 1], dtype=np.int64) for row in rows])
+            )
         index = self._upload(rows)
         bound = common.seq_lens_cpu_upper_bound
         longest = common.max_seq_len if bound is None else int(bound[torch.from_numpy(rows)].max())

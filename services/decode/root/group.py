@@ -174,8 +174,6 @@ class Group:
         blocks = self._blocks(rank.rank)
         group = self._config.group
         if rank.stub is None:
-            if self.engine.device_blocks:
-                blocks = self.engine.device_blocks[rank.rank]
             # As many as the root has, less the one that vLLM sets aside.
             blocks = blocks or self.engine.llm.vllm_config.cache_config.num_gpu_blocks - 1
             return JoinRank(rank.rank, self._epochs, [], b"", group.transport, group.timeout_s, blocks)
@@ -201,6 +199,8 @@ class Group:
     def _blocks(self, rank: int) -> int:
         """Blocks to ask for; 0: as many as there are."""
         group = self._config.group
+        if self.engine.device_blocks:
+            return self.engine.device_blocks[rank]
         if group.kv_blocks is None:
             return 0
         return split_blocks(group.kv_blocks, self._config.token_parallel_size, group.root_share)[rank]
