@@ -14,7 +14,7 @@ HEADS = ((9, 3, 64), (32, 8, 64), (32, 8, 128), (4, 1, 128))
 
 
 def check_split(ranks: int) -> None:
-
+    """Batches of all sizes, one after the other in the same buffers. Raises AssertionError."""
     block, width, most = 16, 300, 100
     device = torch.device("cuda")
     ours, theirs = (SplitRows(ranks, most, width, block, device) for _ in range(2))
@@ -34,7 +34,7 @@ def check_split(ranks: int) -> None:
 
 
 def check_pack_and_unpack(heads: int, kv_heads: int, size: int) -> None:
-
+    """Rows out and back. Raises AssertionError."""
     device, most, count = torch.device("cuda"), 40, 33
     # (1) 33 rows of three owners; q, k and v are views of one tensor that has padding behind them.
     owners = torch.randint(0, 3, (count,), generator=torch.Generator().manual_seed(1))
