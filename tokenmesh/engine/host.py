@@ -78,6 +78,8 @@ class EngineHost:
     @property
     def block_size(self) -> int:
         """Tokens of a block."""
+        if self.movers:
+            return self.movers[0].geometry.block_size
         return int(self.llm.vllm_config.cache_config.block_size)
 
     def note(self, message: ToService) -> bool:
