@@ -205,6 +205,7 @@ def token_parallel_args(section: DecodeConfig) -> dict[str, Any]:
             "worker_cls": "tokenmesh.engine.gpu_worker.TokenParallelGpuWorker",
             "scheduler_cls": "tokenmesh.engine.scheduler.AsyncTokenParallelScheduler",
             "attention_config": {"backend": "FLASH_ATTN"},
+            "additional_config": compiled_apart(section),
         }
         if group.kv_blocks is not None:
             values["num_gpu_blocks_override"] = group.kv_blocks + 1
@@ -212,12 +213,21 @@ def token_parallel_args(section: DecodeConfig) -> dict[str, Any]:
     values = {
         "worker_cls": "tokenmesh.engine.worker.TokenParallelCpuWorker",
         "scheduler_cls": "tokenmesh.engine.scheduler.TokenParallelScheduler",
+        "additional_config": compiled_apart(section),
     }
     if group.kv_blocks is not None:
         # One more: vLLM sets its first block aside.
         blocks = split_blocks(group.kv_blocks, section.token_parallel_size, group.root_share)
         values["num_gpu_blocks_override"] = blocks[0] + 1
     return values
+
+
+def compiled_apart(section: EngineConfig) -> dict[str, Any]:
+    """vLLM's additional_config, which is part of its compile cache's key.
+
+    What is compiled for the stock backend writes new keys and values by itself, to slots that need not be the root's.
+    """
+    return {**section.engine_args.get("additional_config", {}), "tokenmesh": "token_parallel"}
 
 
 def ranks_on_device(section: EngineConfig) -> int:
