@@ -169,7 +169,7 @@ class Report:
     notes: list[str]
     """What a reader must know to judge the figures."""
     unmeasured: list[str] = field(default_factory=list)
-    """Figures that this run does not give."""
+    """Figures that this run does not give; written only if there are any."""
     machine: dict[str, Any] = field(default_factory=machine)
     commit: str = field(default_factory=commit)
 
@@ -184,7 +184,10 @@ class Report:
 
     def write(self, out: Path) -> Path:
         """Writes ``NAME.json`` into `out`, which is made if need be, and returns its path."""
-        text = json.dumps(asdict(self), indent=2, allow_nan=False)
+        content = asdict(self)
+        if not self.unmeasured:
+            del content["unmeasured"]
+        text = json.dumps(content, indent=2, allow_nan=False)
         out.mkdir(parents=True, exist_ok=True)
         path = out / f"{self.name}.json"
         path.write_text(text + "\n")
