@@ -7,20 +7,20 @@ blocks held, which costs a decode step exactly what real KV costs.
 from __future__ import annotations
 
 import asyncio
+import random
 import secrets
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import yaml
 
+from benchmarks.harness import median
 from services.decode.root.group import Group
-from tokenmesh.cli.child import Child
-from tokenmesh.cli.serve import ServiceRole
-from tokenmesh.cli.status import Endpoint
 from tokenmesh.config import MeshConfig
 from tokenmesh.engine.host import EngineHost, run_engine
 from tokenmesh.engine.settings import FetchFrom
@@ -37,6 +37,20 @@ class Stream:
     tokens: list[int] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
     """When each token came, time.perf_counter()."""
+
+
+def random_prompts(lengths: Sequence[int], seed: int) -> list[list[int]]:
+    """Random token ids of these lengths."""
+    source = random.Random(seed)
+    return [source.choices(range(1000, 40_000), k=length) for length in lengths]
+
+
+def step_seconds(streams: Sequence[Stream]) -> float:
+    """Median time between two tokens while all sequences decode together."""
+    begun = max(stream.times[1] for stream in streams)
+    ended = min(stream.times[-1] for stream in streams)
+    stamps = [t for t in streams[0].times if begun <= t <= ended]
+    return median([b - a for a, b in pairwise(stamps)])
 
 
 class EngineGroup:
@@ -99,11 +113,7 @@ async def engine_group(config: MeshConfig, folder: Path) -> AsyncIterator[Engine
                 group.handle(message)
 
     async with AsyncExitStack() as stack:
-        for replica, address in enumerate(config.worker_addresses(0)):
-            command = [sys.executable, "-m", "tokenmesh.cli.main", "serve", "decode-worker", "-c", str(file)]
-            endpoint = Endpoint(ServiceRole.DECODE_WORKER, replica, address)
-            child = Child(endpoint, [*command, "--replica", str(replica)], folder / f"{endpoint.name}.log")
-            stack.push_async_callback(child.stop, asyncio.Event())
+        await _start_workers(config, file, stack)
         path = await asyncio.to_thread(resolve_model, config.model)
         engine = await stack.enter_async_context(run_engine(config, config.decode_service, path, 0, handle))
         running = EngineGroup(engine, group)
@@ -111,6 +121,21 @@ async def engine_group(config: MeshConfig, folder: Path) -> AsyncIterator[Engine
         stack.push_async_callback(group.close)
         await _all_attached(running)
         yield running
+
+
+async def _start_workers(config: MeshConfig, file: Path, stack: AsyncExitStack) -> None:
+    """Starts the decode workers of a mesh file, for as long as the stack is open."""
+    if not config.worker_addresses(0):
+        return
+    from tokenmesh.cli.child import Child
+    from tokenmesh.cli.serve import ServiceRole
+    from tokenmesh.cli.status import Endpoint
+
+    for replica, address in enumerate(config.worker_addresses(0)):
+        command = [sys.executable, "-m", "tokenmesh.cli.main", "serve", "decode-worker", "-c", str(file)]
+        endpoint = Endpoint(ServiceRole.DECODE_WORKER, replica, address)
+        child = Child(endpoint, [*command, "--replica", str(replica)], file.parent / f"{endpoint.name}.log")
+        stack.push_async_callback(child.stop, asyncio.Event())
 
 
 async def _all_attached(running: EngineGroup) -> None:

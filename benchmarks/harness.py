@@ -168,13 +168,15 @@ class Report:
     """What the figures were made of, one entry per pair; names of values end with their unit."""
     notes: list[str]
     """What a reader must know to judge the figures."""
+    unmeasured: list[str] = field(default_factory=list)
+    """Figures that this run does not give; written only if there are any."""
     machine: dict[str, Any] = field(default_factory=machine)
     commit: str = field(default_factory=commit)
 
     def __post_init__(self) -> None:
         if self.name not in FIGURES:
             raise ValueError(f"no benchmark is called {self.name!r}")
-        if unlike := set(self.figures) ^ set(FIGURES[self.name]):
+        if unlike := {*self.figures, *self.unmeasured} ^ set(FIGURES[self.name]):
             raise ValueError(f"figures of {self.name!r} that are missing or unknown: {', '.join(sorted(unlike))}")
         for name, value in self.figures.items():
             if not isinstance(value, float) or not math.isfinite(value):
@@ -182,7 +184,10 @@ class Report:
 
     def write(self, out: Path) -> Path:
         """Writes ``NAME.json`` into `out`, which is made if need be, and returns its path."""
-        text = json.dumps(asdict(self), indent=2, allow_nan=False)
+        content = asdict(self)
+        if not self.unmeasured:
+            del content["unmeasured"]
+        text = json.dumps(content, indent=2, allow_nan=False)
         out.mkdir(parents=True, exist_ok=True)
         path = out / f"{self.name}.json"
         path.write_text(text + "\n")

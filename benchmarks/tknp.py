@@ -10,17 +10,15 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import random
 import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engine_group import EngineGroup, Stream, engine_group
+from benchmarks.engine_group import EngineGroup, engine_group, random_prompts, step_seconds
 from benchmarks.exchange import Cost, measure
 from benchmarks.harness import Pair, Panel, Report, median, paired, plot, quantile
 from benchmarks.servers import free_ports
@@ -79,25 +77,11 @@ def config(ranks: int, model: str, dtype: str) -> MeshConfig:
     )
 
 
-def prompts(lengths: Sequence[int], seed: int) -> list[list[int]]:
-    """Random token ids of these lengths."""
-    source = random.Random(seed)
-    return [source.choices(range(1000, 40_000), k=length) for length in lengths]
-
-
-def step_seconds(streams: Sequence[Stream]) -> float:
-    """Median time between two tokens while all sequences decode together."""
-    begun = max(stream.times[1] for stream in streams)
-    ended = min(stream.times[-1] for stream in streams)
-    stamps = [t for t in streams[0].times if begun <= t <= ended]
-    return median([b - a for a, b in pairwise(stamps)])
-
-
 async def side(running: EngineGroup, load: Load, index: int) -> Measured:
     """Short contexts, then long ones."""
-    short = await running.generate(prompts([SHORT] * load.batch, index), load.tokens)
+    short = await running.generate(random_prompts([SHORT] * load.batch, index), load.tokens)
     running.times.clear()
-    long = await running.generate(prompts([load.context] * load.batch, index), load.tokens, pretend=True)
+    long = await running.generate(random_prompts([load.context] * load.batch, index), load.tokens, pretend=True)
     # Reports come twice a second; the last steps' belong to the next side.
     await asyncio.sleep(0.6)
     exchange = [us for times in running.times for us in times.exchange_us]
@@ -106,7 +90,7 @@ async def side(running: EngineGroup, load: Load, index: int) -> Measured:
 
 async def imbalance(running: EngineGroup) -> float:
     """Longest rank's context over the mean, sampled while a skewed wave decodes; the worst sample counts."""
-    wave = asyncio.create_task(running.generate(prompts(SKEW, 99), 8, pretend=True))
+    wave = asyncio.create_task(running.generate(random_prompts(SKEW, 99), 8, pretend=True))
     worst = 1.0
     while not wave.done():
         contexts = [entry.context_tokens for entry in running.engine.counts.ranks]

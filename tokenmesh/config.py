@@ -49,8 +49,10 @@ class KvTransferConfig(_Section):
     """Fixed; accepted so that a vLLM-style section can be pasted."""
     role: Literal["kv_producer", "kv_consumer"] | None = None
     """Follows from the section it stands in; a contradiction is an error."""
-    transport: Literal["auto", "shm", "tcp", "system"] = "auto"
-    """``auto``: shared memory on one host, else UCX's best; ``tcp``: only that; ``system``: UCX_* untouched."""
+    transport: Literal["auto", "shm", "tcp", "system", "none"] = "auto"
+    """``auto``: shared memory on one host, else UCX's best; ``tcp``: only that; ``system``: UCX_* untouched;
+    ``none``: no KV moves and no mover runs, prompts are computed where they are decoded. On GPUs only ``none`` works
+    in this version."""
     host: str = "127.0.0.1"
     """Address of this service's UCX listener, as its peers reach it."""
     port: Port = 0
@@ -116,6 +118,8 @@ class PrefillConfig(EngineConfig):
     def _producer(self) -> PrefillConfig:
         if self.kv_transfer.role == "kv_consumer":
             raise ValueError("prefill_service.kv_transfer.role must be kv_producer")
+        if self.kv_transfer.transport == "none" and self.replicas:
+            raise ValueError("prefill_service.kv_transfer.transport: none leaves it nothing to do; set replicas to 0")
         return self
 
 
@@ -125,7 +129,8 @@ class GroupConfig(_Section):
     workers: tuple[str, ...] | None = None
     """host:port of the root's decode workers, rank 1 first. Absent: those of ``decode_worker``."""
     exchange: Literal["ucx", "local"] = "ucx"
-    """How rows travel. ``local``: the ranks live inside the root's own process, for tests and measurements."""
+    """How rows travel. ``local``: the ranks live inside the root's own process, for tests and measurements; on a GPU
+    they share its KV cache, each with a slice of its own. On GPUs only ``local`` works in this version."""
     transport: Literal["auto", "shm", "tcp", "system"] = "auto"
     """UCX transport of the rows; as in kv_transfer."""
     timeout_s: Annotated[float, Field(gt=0)] = 5.0
@@ -139,7 +144,8 @@ class GroupConfig(_Section):
     """KV blocks of the whole group, split over the ranks; what does not divide goes to the first. Absent: each rank
     holds what its own ``kv_cache_memory_bytes`` gives."""
     root_share: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """With ``kv_blocks``: the root's part relative to a worker's; less than 1 where weights crowd its memory."""
+    """With ``kv_blocks``, and of ranks that share a GPU: the root's part relative to a worker's; less than 1 where
+    weights crowd its memory."""
 
 
 class DecodeWorkerConfig(_Section):
@@ -164,6 +170,12 @@ class DecodeWorkerConfig(_Section):
     """Port of the row listener of replica 0's shard 0; further shards and replicas follow. 0 picks free ones."""
     kv_transfer: KvTransferConfig = KvTransferConfig()
 
+    @model_validator(mode="after")
+    def _receives(self) -> DecodeWorkerConfig:
+        if self.kv_transfer.transport == "none":
+            raise ValueError("decode_worker.kv_transfer.transport must not be none: its KV comes from elsewhere")
+        return self
+
 
 class DecodeConfig(EngineConfig):
     """A decode root and its group."""
@@ -181,6 +193,8 @@ class DecodeConfig(EngineConfig):
     def _consumer(self) -> DecodeConfig:
         if self.kv_transfer.role == "kv_producer":
             raise ValueError("decode_service.kv_transfer.role must be kv_consumer")
+        if self.kv_transfer.transport == "none" and self.token_parallel_size > 1 and self.group.exchange != "local":
+            raise ValueError("decode_service.kv_transfer.transport: none needs group.exchange: local or one rank")
         return self
 
 

@@ -91,6 +91,15 @@ def test_report_has_the_schema(tmp_path: Path) -> None:
     assert written["machine"] == machine()
 
 
+def test_figures_that_a_run_does_not_give_are_named(tmp_path: Path) -> None:
+    first, *others = FIGURES["gpu"]
+    # A figure may be absent if the report says so, and only then.
+    path = Report("gpu", {first: 1.0}, [], [], unmeasured=list(others)).write(tmp_path)
+    assert json.loads(path.read_text())["unmeasured"] == others
+    with pytest.raises(ValueError, match=others[0]):
+        Report("gpu", {first: 1.0}, [], [])
+
+
 @pytest.mark.parametrize(
     "figures",
     [

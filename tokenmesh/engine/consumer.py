@@ -138,8 +138,9 @@ class ConsumerWorker:
         self._wait = 0.0
 
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        """Shares the cache and starts the mover."""
-        self._kv = SharedKv(kv_caches, geometry_of(kv_caches, self._config), self._settings, self._shard)
+        """Shares the cache and starts the mover, if anything is ever to be moved."""
+        if self._settings.transport != "none":
+            self._kv = SharedKv(kv_caches, geometry_of(kv_caches, self._config), self._settings, self._shard)
         group = active()
         if group is not None:
             group.number_layers(list(kv_caches), self._config.compilation_config.static_forward_context)

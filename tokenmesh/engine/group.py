@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import structlog
@@ -18,6 +18,9 @@ from tokenmesh.kv.messages import StepTimes
 from tokenmesh.parallel.exchange import PeerLostError
 from tokenmesh.parallel.peer import RankPeer
 from tokenmesh.parallel.plan import IntArray
+
+if TYPE_CHECKING:
+    from tokenmesh.engine.gpu_ranks import DeviceRanks
 
 log = structlog.get_logger()
 
@@ -48,6 +51,8 @@ class RankGroup:
         self.shared = False
         """Other ranks take part in the current step."""
         self.times = _Times()
+        self.device: DeviceRanks | None = None
+        """The ranks on the root's own GPU, which are not peers; None on CPUs."""
 
     def number_layers(self, names: list[str], layers: Mapping[str, Any]) -> None:
         """Tells every attention layer its number, as `rank_layer`."""

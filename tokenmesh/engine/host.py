@@ -14,7 +14,7 @@ from tokenmesh.config import ConfigError, DecodeConfig, EngineConfig, MeshConfig
 from tokenmesh.engine.settings import ConnectorSettings
 from tokenmesh.kv.hub import LinkHub
 from tokenmesh.kv.messages import EngineCounts, MoverReady, ToService
-from tokenmesh.parallel.partition import split_blocks
+from tokenmesh.parallel.partition import local_blocks, split_blocks
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -62,13 +62,25 @@ def engine_args(mesh: MeshConfig, section: EngineConfig, model_path: str, **extr
 class EngineHost:
     """A running engine: AsyncLLM, its hub, its movers, and the block counts it last reported."""
 
-    def __init__(self, hub: LinkHub, shards: int) -> None:
+    def __init__(self, hub: LinkHub, shards: int, movers: bool = True) -> None:
+        """`movers`: whether there are any."""
         self.hub = hub
         self.shards = shards
         self.movers: dict[int, MoverReady] = {}
         self.counts = EngineCounts(0, 0)
+        self.device_blocks: list[int] = []
+        """Blocks of each rank on the root's own GPU, the root first; empty if there are none but the root."""
         self.llm: AsyncLLM
         self._ready = asyncio.Event()
+        if not movers:
+            self._ready.set()
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block."""
+        if self.movers:
+            return self.movers[0].geometry.block_size
+        return int(self.llm.vllm_config.cache_config.block_size)
 
     def note(self, message: ToService) -> bool:
         """Takes the messages that are about the engine itself; False for any other."""
@@ -83,7 +95,7 @@ class EngineHost:
         return False
 
     async def movers_ready(self, timeout: float) -> None:
-        """Waits until every shard's mover listens. Raises TimeoutError."""
+        """Waits until every shard's mover listens, if there are movers. Raises TimeoutError."""
         await asyncio.wait_for(self._ready.wait(), timeout)
 
 
@@ -110,7 +122,10 @@ async def run_engine(
             handle(message)
 
     async with LinkHub(route) as hub:
-        host = EngineHost(hub, section.tensor_parallel_size)
+        check_platform(section)
+        device_ranks = ranks_on_device(section)
+        root_share = section.group.root_share if isinstance(section, DecodeConfig) else 1.0
+        host = EngineHost(hub, section.tensor_parallel_size, movers=transfer.transport != "none")
         settings = ConnectorSettings(
             hub=hub.address,
             host=transfer.host,
@@ -121,9 +136,14 @@ async def run_engine(
             cpus=sorted(os.sched_getaffinity(0)),
             remote_prefill_min_tokens=section.remote_prefill_min_tokens if isinstance(section, DecodeConfig) else 1,
             placement=section.group.placement if isinstance(section, DecodeConfig) else "balance",
+            device_ranks=device_ranks,
+            root_share=root_share,
         )
         host.llm = await asyncio.to_thread(_start, mesh, section, model_path, producer, settings, extra)
         try:
+            if device_ranks > 1:
+                blocks = host.llm.vllm_config.cache_config.num_gpu_blocks
+                host.device_blocks = local_blocks(blocks, device_ranks, root_share)
             await host.movers_ready(timeout=60)
             yield host
         finally:
@@ -157,6 +177,8 @@ def _start(
         model_path,
         kv_transfer_config=KVTransferConfig(
             kv_connector="TokenParallelKVConnector",
+            # By path, since entry points are not installed where only a checkout is in use.
+            kv_connector_module_path="tokenmesh.engine.connector",
             kv_role="kv_producer" if producer else "kv_consumer",
             kv_load_failure_policy="recompute",
             kv_connector_extra_config=settings.to_extra_config(),
@@ -177,20 +199,63 @@ def token_parallel_args(section: DecodeConfig) -> dict[str, Any]:
     """vLLM's arguments that make an engine the root of a group; none for a group of one."""
     if section.token_parallel_size == 1:
         return {}
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu():
-        raise ConfigError("decode_service.token_parallel_size: more than one rank runs on CPUs only, in this version")
-    values: dict[str, Any] = {
+    group = section.group
+    if ranks_on_device(section) > 1:
+        values: dict[str, Any] = {
+            "worker_cls": "tokenmesh.engine.gpu_worker.TokenParallelGpuWorker",
+            "scheduler_cls": "tokenmesh.engine.scheduler.AsyncTokenParallelScheduler",
+            "attention_config": {"backend": "FLASH_ATTN"},
+            "additional_config": compiled_apart(section),
+        }
+        if group.kv_blocks is not None:
+            values["num_gpu_blocks_override"] = group.kv_blocks + 1
+        return values
+    values = {
         "worker_cls": "tokenmesh.engine.worker.TokenParallelCpuWorker",
         "scheduler_cls": "tokenmesh.engine.scheduler.TokenParallelScheduler",
+        "additional_config": compiled_apart(section),
     }
-    group = section.group
     if group.kv_blocks is not None:
         # One more: vLLM sets its first block aside.
         blocks = split_blocks(group.kv_blocks, section.token_parallel_size, group.root_share)
         values["num_gpu_blocks_override"] = blocks[0] + 1
     return values
+
+
+def compiled_apart(section: EngineConfig) -> dict[str, Any]:
+    """vLLM's additional_config, which is part of its compile cache's key.
+
+    What is compiled for the stock backend writes new keys and values by itself, to slots that need not be the root's.
+    """
+    return {**section.engine_args.get("additional_config", {}), "tokenmesh": "token_parallel"}
+
+
+def ranks_on_device(section: EngineConfig) -> int:
+    """Ranks that share the KV tensors of one GPU, the root included; 1 on CPUs, whose ranks have their own."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu() or not isinstance(section, DecodeConfig):
+        return 1
+    return section.token_parallel_size
+
+
+def check_platform(section: EngineConfig) -> None:
+    """Raises ConfigError for what does not work on GPUs yet."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        return
+    name = "decode_service" if isinstance(section, DecodeConfig) else "prefill_service"
+    if section.kv_transfer.transport != "none":
+        raise ConfigError(
+            f"{name}.kv_transfer.transport: {section.kv_transfer.transport} moves KV from and into CPU memory only, in"
+            " this version; on GPUs set it to none, and prompts are computed where they are decoded"
+        )
+    if isinstance(section, DecodeConfig) and section.token_parallel_size > 1 and section.group.exchange != "local":
+        raise ConfigError(
+            f"decode_service.group.exchange: {section.group.exchange} reaches ranks on CPUs only, in this version; on"
+            " GPUs set it to local, or token_parallel_size to 1"
+        )
 
 
 def check_model(vllm_config: VllmConfig) -> None:

@@ -19,11 +19,15 @@ from vllm.v1.request import RequestStatus
 
 from tokenmesh.engine.consumer import ConsumerScheduler, RankReport
 from tokenmesh.engine.ledger import Ledger
+from tokenmesh.engine.settings import ConnectorSettings
 from tokenmesh.kv.messages import AttachRank, DetachRank, RankDetached
+from tokenmesh.parallel.partition import local_blocks
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.engine import EngineCoreOutputs
+    from vllm.v1.kv_cache_interface import KVCacheConfig
     from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request
 
@@ -37,8 +41,8 @@ class UnsupportedModelError(Exception):
 class _Ranked(Scheduler):
     """What both schedulers below add to vLLM's."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(vllm_config, root_part(vllm_config, kv_cache_config), *args, **kwargs)
         if len(self.kv_cache_config.kv_cache_groups) != 1 or self.has_mamba_layers:
             raise UnsupportedModelError("token parallelism needs a model with one kind of attention cache")
         if self.num_spec_tokens:
@@ -180,6 +184,15 @@ class _Ranked(Scheduler):
             if self.ledger.bound_to(self.running[index].request_id).rank == rank:
                 self.running.append(self.running.pop(index))
                 return
+
+
+def root_part(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> KVCacheConfig:
+    """The blocks that are the root's own, of those that vLLM has allocated; the rest are attached as other ranks'."""
+    settings = ConnectorSettings.from_vllm(vllm_config)
+    if settings.device_ranks == 1:
+        return kv_cache_config
+    blocks = local_blocks(kv_cache_config.num_blocks, settings.device_ranks, settings.root_share)
+    return dataclasses.replace(kv_cache_config, num_blocks=blocks[0])
 
 
 class TokenParallelScheduler(_Ranked):

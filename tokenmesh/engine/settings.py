@@ -39,6 +39,10 @@ class ConnectorSettings(msgspec.Struct, frozen=True):
     """Consumers only: fewer missing prompt tokens are computed locally."""
     placement: Policy = "balance"
     """Consumers only: how sequences are spread over ranks."""
+    device_ranks: int = 1
+    """Consumers only: ranks that share the root's GPU and its KV tensors, the root included."""
+    root_share: float = 1.0
+    """Consumers only, with `device_ranks`: the root's part of the blocks relative to another rank's."""
 
     def to_extra_config(self) -> dict[str, Any]:
         """As kv_connector_extra_config."""

@@ -21,3 +21,18 @@ def split_blocks(total: int, ranks: int, root_share: float = 1.0) -> list[int]:
     if not all(blocks):
         raise ValueError(f"{total} blocks are too few for {ranks} ranks")
     return blocks
+
+
+def local_blocks(total: int, ranks: int, root_share: float = 1.0) -> list[int]:
+    """Blocks per rank where all ranks share tensors of `total` blocks, rank 0 first, adding up to `total`.
+
+    The root's include the one that vLLM sets aside, and it has at least one other, however small its share.
+
+    Raises ValueError if a rank would get nothing.
+    """
+    if root_share == 1 or ranks == 1:
+        root, *others = split_blocks(total - 1, ranks)
+    else:
+        root = max(1, int((total - 1) * root_share / (root_share + ranks - 1)))
+        others = split_blocks(total - 1 - root, ranks - 1)
+    return [root + 1, *others]

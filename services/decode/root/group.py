@@ -199,6 +199,8 @@ class Group:
     def _blocks(self, rank: int) -> int:
         """Blocks to ask for; 0: as many as there are."""
         group = self._config.group
+        if self.engine.device_blocks:
+            return self.engine.device_blocks[rank]
         if group.kv_blocks is None:
             return 0
         return split_blocks(group.kv_blocks, self._config.token_parallel_size, group.root_share)[rank]

@@ -34,6 +34,8 @@ async def serve(mesh: MeshConfig, replica: int, stop: asyncio.Event) -> None:
     server = RpcServer(config.host, config.port + replica)
     root_id = f"decode-root-{replica}@{server.address}"
     prefills = mesh.prefill_addresses() if config.prefills is None else config.prefills
+    if config.kv_transfer.transport == "none":
+        prefills = ()
     group = Group(config, root_id, mesh.worker_addresses(replica))
     handoff = HandOff(config, root_id, group, server.metrics)
     servicer = DecodeServicer(config, mesh.model_name, prefills, handoff, server.metrics)

@@ -56,6 +56,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         self._prefills = tuple(prefills)
         self._handoff = handoff
         self._metrics = PaceMetrics(metrics)
+        self._moves_nothing = config.kv_transfer.transport == "none"
         self.requests = RequestTable(config.max_queue)
         self.decisions: Counter[str] = Counter()
         self.steps = StepSpans()
@@ -134,7 +135,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             candidates = tuple(address for address in self._prefills if address in self._handoff.connected)
         too_short = len(request.prompt_token_ids) < self._config.remote_prefill_min_tokens
         wants_logprobs = request.sampling_params.HasField("prompt_logprobs")
-        if request.HasField("local_reason") or not candidates or too_short or wants_logprobs:
+        if request.HasField("local_reason") or self._moves_nothing or not candidates or too_short or wants_logprobs:
             return None
         return Prompt(
             request_id=request.request_id,
@@ -161,6 +162,8 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             decision = sampling_pb2.PREFILL_DECISION_PREFIX_CACHED
         elif request.HasField("local_reason"):
             decision = request.local_reason
+        elif self._moves_nothing:
+            decision = sampling_pb2.PREFILL_DECISION_DECODE_ONLY
         elif request.sampling_params.HasField("prompt_logprobs"):
             decision = sampling_pb2.PREFILL_DECISION_PROMPT_LOGPROBS
         elif len(request.prompt_token_ids) < self._config.remote_prefill_min_tokens:
@@ -195,7 +198,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             waiting=len(self.requests) - running,
             blocks_total=engine.counts.blocks_total,
             blocks_free=engine.counts.blocks_free,
-            block_size=engine.movers[0].geometry.block_size,
+            block_size=engine.block_size,
             max_model_len=engine.llm.model_config.max_model_len,
             model=self._model_name,
             queued_tokens=self.requests.tokens_before(RequestState.RUNNING),

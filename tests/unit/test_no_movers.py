@@ -1,0 +1,121 @@
+"""`kv_transfer.transport: none`: nothing moves, no mover runs, and prompts are computed where they are decoded."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from services.decode.root.service import DecodeServicer
+from tests.unit.small_kv import kv_config
+from tokenmesh.config import ConfigError, DecodeConfig, DecodeWorkerConfig, MeshConfig, PrefillConfig
+from tokenmesh.engine.consumer import ConsumerWorker
+from tokenmesh.engine.host import EngineHost, check_platform, ranks_on_device, token_parallel_args
+from tokenmesh.engine.scheduler import root_part
+from tokenmesh.engine.settings import ConnectorSettings
+from tokenmesh.v1 import decode_pb2, sampling_pb2
+
+NONE = {"transport": "none"}
+LOCAL = {"exchange": "local"}
+
+
+def test_what_needs_transfers_cannot_do_without() -> None:
+    # 1. A prefill service that is to run, a decode worker, and a root whose ranks are elsewhere.
+    for make in (
+        lambda: PrefillConfig(kv_transfer=NONE),
+        lambda: DecodeWorkerConfig(kv_transfer=NONE),
+        lambda: DecodeConfig(kv_transfer=NONE, token_parallel_size=2),
+    ):
+        with pytest.raises(ValidationError, match="none"):
+            make()
+    # 2. A root alone, or with ranks inside it, and no prefill services, is a mesh.
+    MeshConfig(prefill_service={"replicas": 0}, decode_service={"kv_transfer": NONE, "token_parallel_size": 1})
+    MeshConfig(decode_service={"kv_transfer": NONE, "token_parallel_size": 2, "group": LOCAL})
+
+
+async def test_nobody_waits_for_movers_that_are_not_to_come() -> None:
+    hub: Any = None
+    # 1. Without movers an engine is ready as it is.
+    await EngineHost(hub, 1, movers=False).movers_ready(timeout=0.1)
+    # 2. With movers it is not.
+    with pytest.raises(TimeoutError):
+        await EngineHost(hub, 1).movers_ready(timeout=0.01)
+
+
+def test_an_engine_worker_starts_no_mover(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm.distributed.parallel_state.get_tensor_model_parallel_rank", lambda: 0)
+    closed: list[bool] = []
+    link = SimpleNamespace(close=lambda: closed.append(True))
+    monkeypatch.setattr("tokenmesh.engine.consumer.EngineLink", lambda *_: link)
+    config: Any = SimpleNamespace()
+    # 1. A worker half is given its KV cache; its memory is not touched.
+    half = ConsumerWorker(ConnectorSettings("", "h", 0, "none", 1, 1, [0]), config)
+    cache = torch.zeros(4, 4)
+    half.register({"layer": cache})
+    assert not cache.is_shared()
+    # 2. There is nothing to end but the link.
+    half.close()
+    assert closed == [True]
+
+
+def test_prompts_are_local_and_the_reason_is_told() -> None:
+    handoff: Any = SimpleNamespace(connected={"p:1"})
+    config = DecodeConfig(kv_transfer=NONE, token_parallel_size=1)
+    servicer = DecodeServicer(config, "m", ["p:1"], handoff)
+    # 1. A long prompt, with a prefill service at hand.
+    request = decode_pb2.GenerateRequest(request_id="r", prompt_token_ids=range(500))
+    request.prefill_candidates.add(address="p:1")
+    live: Any = SimpleNamespace()
+    assert servicer._prompt(request, live) is None
+    # 2. The first response says that it was decoded where it was computed, as in mode decode.
+    response = decode_pb2.GenerateResponse()
+    servicer._decide(response, request, None)
+    assert response.prefill_decision == sampling_pb2.PREFILL_DECISION_DECODE_ONLY
+    assert servicer.decisions == {"PREFILL_DECISION_DECODE_ONLY": 1}
+
+
+# GPUs, as far as they can be told without one.
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM believes to be on a GPU."""
+    monkeypatch.setattr("vllm.platforms.current_platform", SimpleNamespace(is_cpu=lambda: False), raising=False)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_what_gpus_cannot_do_yet_is_refused_with_what_they_can() -> None:
+    # 1. KV from and into GPU memory.
+    for section in (PrefillConfig(), DecodeConfig(token_parallel_size=1)):
+        with pytest.raises(ConfigError, match="on GPUs set it to none"):
+            check_platform(section)
+    # 2. Ranks on other machines cannot be had by any other way either.
+    with pytest.raises(ConfigError, match="set it to none"):
+        check_platform(DecodeConfig(token_parallel_size=2))
+    # 3. A plain root, and one with ranks on its GPU.
+    check_platform(DecodeConfig(kv_transfer=NONE, token_parallel_size=1))
+    check_platform(DecodeConfig(kv_transfer=NONE, token_parallel_size=3, group=LOCAL))
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_root_with_ranks_on_its_gpu() -> None:
+    section = DecodeConfig(kv_transfer=NONE, token_parallel_size=3, group={**LOCAL, "kv_blocks": 300})
+    assert ranks_on_device(section) == 3
+    # 1. All blocks are the root's to vLLM, and steps are scheduled ahead.
+    values = token_parallel_args(section)
+    assert values["num_gpu_blocks_override"] == 301
+    assert values["scheduler_cls"].endswith("AsyncTokenParallelScheduler")
+    # 2. The scheduler counts the root's share alone, and the block that vLLM sets aside.
+    settings = ConnectorSettings("", "h", 0, "none", 1, 1, [0], device_ranks=3)
+    config: Any = SimpleNamespace(
+        kv_transfer_config=SimpleNamespace(kv_connector_extra_config=settings.to_extra_config())
+    )
+    assert root_part(config, kv_config(300)).num_blocks == 101
+
+
+def test_on_cpus_ranks_have_tensors_of_their_own() -> None:
+    assert ranks_on_device(DecodeConfig()) == 1
+    check_platform(DecodeConfig())
