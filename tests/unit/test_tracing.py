@@ -16,7 +16,7 @@ import pytest
 
 from tests.otlp import Receiver, SeenSpan, Trace, receiving
 from tests.unit.fake_service import free_ports
-from tokenmesh.config import TelemetryConfig
+from tokenmesh.config import MeshConfig, TelemetryConfig
 from tokenmesh.context import TRACEPARENT, WorkContext, bind, current
 from tokenmesh.kv.settling import Outcome
 from tokenmesh.rpc.calls import calling, start_call
@@ -33,6 +33,8 @@ TRACE_ID = "a" * 32
 PARENT = f"00-{TRACE_ID}-{'b' * 16}-01"
 GENERATE = "tokenmesh.v1.DecodeService/Generate"
 PREFILL = "tokenmesh.v1.PrefillService/Prefill"
+MESH = MeshConfig(telemetry=TelemetryConfig(kept_traces=0))
+"""Without a gateway."""
 
 
 @pytest.fixture(autouse=True)
@@ -120,7 +122,7 @@ async def ask(channel: grpc.aio.Channel, request_id: str, take: int = 99, timeou
 
 async def traced(receiver: Receiver, channel: grpc.aio.Channel, *args: Any, **options: Any) -> Trace:
     """The trace of one call, whole; whatever it ended with."""
-    with recording(TelemetryConfig(), "test", 0):
+    with recording(MESH, "test", 0):
         try:
             await ask(channel, *args, **options)
         except grpc.aio.AioRpcError:
@@ -204,7 +206,7 @@ async def test_a_caller_that_leaves_early_ends_every_span(receiver: Receiver, ch
 
 async def test_a_call_without_a_trace_begins_one(receiver: Receiver, channel: grpc.aio.Channel) -> None:
     # 1. A client that knows nothing of traces, and a poll.
-    with recording(TelemetryConfig(), "test", 0):
+    with recording(MESH, "test", 0):
         stub = decode_pb2_grpc.DecodeServiceStub(channel)
         async for _ in stub.Generate(decode_pb2.GenerateRequest(request_id="r")):
             pass
@@ -221,7 +223,7 @@ async def test_what_was_not_sampled_is_passed_on_and_not_recorded(
     receiver: Receiver, channel: grpc.aio.Channel
 ) -> None:
     # 1. The caller has decided against recording.
-    with recording(TelemetryConfig(), "test", 0):
+    with recording(MESH, "test", 0):
         stub = decode_pb2_grpc.DecodeServiceStub(channel)
         metadata = [(TRACEPARENT, f"00-{TRACE_ID}-{'b' * 16}-00")]
         async for _ in stub.Generate(decode_pb2.GenerateRequest(request_id="r"), metadata=metadata):
@@ -232,7 +234,7 @@ async def test_what_was_not_sampled_is_passed_on_and_not_recorded(
 
 def test_a_ticket_is_a_span_from_its_opening_to_its_settlement(receiver: Receiver) -> None:
     # 1. An owner opens three tickets: one is settled well, one badly, one is open when it lets go.
-    with recording(TelemetryConfig(), "test", 0):
+    with recording(MESH, "test", 0):
         tickets = TicketSpans()
         with bind(WorkContext("r", PARENT)):
             for number in (1, 2, 3):
@@ -255,7 +257,7 @@ def test_a_ticket_is_a_span_from_its_opening_to_its_settlement(receiver: Receive
 def test_times_of_another_clock_are_placed_on_ours(receiver: Receiver) -> None:
     # 1. An engine says when it began and ended; another never began.
     now = time.monotonic()
-    with recording(TelemetryConfig(), "test", 0), bind(WorkContext("r", PARENT)):
+    with recording(MESH, "test", 0), bind(WorkContext("r", PARENT)):
         tracing.record(names.FIRST_TOKEN, now - 2.0, now - 0.5)
         tracing.record(names.DECODE, 0.0, now)
     # 2. The span lies where it lay.
@@ -266,7 +268,7 @@ def test_times_of_another_clock_are_placed_on_ours(receiver: Receiver) -> None:
 
 def test_a_cancelled_peer_is_nobodys_fault(receiver: Receiver) -> None:
     # 1. Three spans end: cancelled by us, cancelled by a peer, failed.
-    with recording(TelemetryConfig(), "test", 0), bind(WorkContext("r", PARENT)):
+    with recording(MESH, "test", 0), bind(WorkContext("r", PARENT)):
         tracing.start("a").end(asyncio.CancelledError())
         tracing.start("b").end(MeshError(grpc.StatusCode.CANCELLED, Reason.INTERNAL, "gone"))
         tracing.start("c").end(MeshError(grpc.StatusCode.INTERNAL, Reason.KV_TRANSFER_FAILED, "bad"))
@@ -310,7 +312,7 @@ def test_off_does_not_even_import_the_sdk() -> None:
     # 1. A process that serves, with nothing recorded.
     code = (
         "import sys, tokenmesh.rpc.server, tokenmesh.telemetry.export as e, tokenmesh.config as c\n"
-        "with e.recording(c.TelemetryConfig(), 'x', 0): pass\n"
+        "with e.recording(c.MeshConfig(), 'x', 0): pass\n"
         "print([m for m in sys.modules if m.startswith('opentelemetry.sdk')])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
