@@ -20,11 +20,13 @@ export function charts(place, pulse) {
 
 function chart({ label, of, text }) {
   const series = history.map(of);
+  // Few points fill the width as well, but not less than half a minute of it.
+  const shown = Math.max(30, series.length);
   const top = Math.max(1e-9, ...series.flat());
   const title = series[0].length > 1 ? `${label}: median and 99th percentile (dashed)` : label;
-  const svg = drawing("svg", { viewBox: `0 0 ${POINTS} 100`, preserveAspectRatio: "none", role: "img", "aria-label": title });
+  const svg = drawing("svg", { viewBox: `0 0 ${shown - 1} 100`, preserveAspectRatio: "none", role: "img", "aria-label": title });
   for (let line = series[0].length - 1; line >= 0; line--) {
-    const start = POINTS - series.length;
+    const start = shown - series.length;
     const points = series.map((values, index) => `${start + index},${100 - (values[line] / top) * 95}`);
     svg.append(drawing("path", { d: `M${points.join("L")}`, class: line ? "second" : "" }));
   }

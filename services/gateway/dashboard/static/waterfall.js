@@ -14,11 +14,18 @@ export async function openTrace(id) {
   if (!dialog.open) dialog.showModal();
   try {
     const trace = await (await read(`/dashboard/api/traces/${encodeURIComponent(id)}`)).json();
-    note.textContent = `${trace.spans.length} spans` + (trace.dropped ? `, ${trace.dropped} more were not kept` : "");
+    const count = `${trace.spans.length} spans` + (trace.dropped ? `, ${trace.dropped} more were not kept` : "");
+    note.replaceChildren(element("span", {}, count), ...legend(trace.spans));
     draw(place, trace.spans);
   } catch (error) {
     note.textContent = `${error.message || "not available"}. Spans are recorded with telemetry.traces: on, and arrive when work ends.`;
   }
+}
+
+const role = (span) => span.service.replace(/-\d+$/, "");
+
+function legend(spans) {
+  return [...new Set(spans.map(role))].map((name) => element("span", { className: `key ${name}` }, name));
 }
 
 function draw(place, spans) {
@@ -32,13 +39,12 @@ function draw(place, spans) {
 const fraction = (stamp) => Number(`0.${(stamp.match(/\.\d{3}(\d+)/) ?? [])[1] ?? 0}`);
 
 function row(span, begin, length) {
-  const role = span.service.replace(/-\d+$/, "");
   const name = span.name.replace(/^tokenmesh\.(v1\.)?/, "");
   const bar = drawing("rect", {
     x: `${((span.from - begin) / length) * 100}%`,
     width: `${Math.max(0.3, (span.ms / length) * 100)}%`,
     height: "100%",
-    class: span.error ? "error" : role,
+    class: span.error ? "error" : role(span),
   });
   const label = element("span", { className: span.error ? "label failed" : "label" }, `${"\u2003".repeat(span.depth)}${name}`);
   label.title = `${span.service}: ${name}`;
