@@ -211,6 +211,8 @@ class LogConfig(_Section):
 
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["json", "console"] = "json"
+    prompts: bool = False
+    """The gateway logs what its REST clients send, texts and tokens. Otherwise no service logs any of it."""
 
 
 class TelemetryConfig(_Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from argparse import Namespace
 from http import HTTPStatus
 from typing import Any
@@ -16,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.entrypoints.serve.utils import request_logger
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from services.gateway.engine_client import MeshEngineClient
@@ -43,6 +45,7 @@ def server_args(mesh: MeshConfig, model_path: str) -> Namespace:
         "chat_template": config.chat_template,
         "enable_prompt_tokens_details": True,
         "disable_uvicorn_access_log": True,
+        "enable_log_requests": mesh.log.prompts,
     }
     values.update(config.server_args)
     for name, value in values.items():
@@ -57,10 +60,17 @@ def server_args(mesh: MeshConfig, model_path: str) -> Namespace:
 async def build(mesh: MeshConfig, model_path: str, client: MeshEngineClient, page: ASGIApp) -> ASGIApp:
     """The application, ready to be served. `page`: what is under /dashboard."""
     args = server_args(mesh, model_path)
+    log_prompts(mesh.log.prompts)
     app = build_app(args, ("generate",), client.model_config)
     answer_http_errors(app)
     await init_app_state(client, app.state, args, ("generate",))
     return Guard(app, mesh.gateway, page)
+
+
+def log_prompts(wanted: bool) -> None:
+    """Lets vLLM's log of requests through, or not."""
+    # It has prompts at DEBUG, and a logger for nothing else.
+    logging.getLogger(request_logger.__name__).setLevel("DEBUG" if wanted else "WARNING")
 
 
 def answer_http_errors(app: FastAPI) -> None:
