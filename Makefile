@@ -9,7 +9,7 @@ STUBS  := tokenmesh/v1
 
 .DEFAULT_GOAL := help
 
-.PHONY: help setup demo up test test-unit lint types fix proto dashboards verify lock bench bench-mesh bench-tknp \
+.PHONY: help setup demo up test test-unit browser lint types fix proto dashboards verify lock bench bench-mesh bench-tknp \
   bench-telemetry clean
 
 help: ## list the targets
@@ -37,6 +37,9 @@ test: $(READY) ## all tests; starts one mesh
 
 test-unit: $(READY) ## tests that start no engine
 	$(BIN)/pytest tests/unit
+
+browser: ## what tests of the live page need besides node and chromium; without it they are skipped
+	cd tests/page && npm ci
 
 lint: $(READY) ## style, spelling, layering, protos, containers, manifests
 	$(BIN)/ruff check .

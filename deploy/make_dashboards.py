@@ -178,7 +178,10 @@ def dashboards() -> dict[str, dict[str, Any]]:
                 (gauge(names.KV_UTILIZATION, "instance", "rank", how="max"), "{{instance}} rank {{rank}}"),
             ),
             panel(
-                "KV blocks", "short", (gauge(names.KV_BLOCKS, "rank", "state"), "rank {{rank}} {{state}}"), stacked=True
+                "KV blocks",
+                "short",
+                (gauge(names.KV_BLOCKS, "instance", "rank", "state"), "{{instance}} rank {{rank}} {{state}}"),
+                stacked=True,
             ),
             panel(
                 "Context tokens",

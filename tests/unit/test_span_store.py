@@ -83,6 +83,17 @@ def test_the_store_is_bounded() -> None:
     assert (len(trace.spans), trace.dropped) == (MAX_SPANS, 10)
 
 
+def test_steps_do_not_push_requests_out() -> None:
+    # 1. A request, and many reports of steps after it, each a trace of its own.
+    store = SpanStore(2)
+    store.add(export("gateway-0", 1, (1, 0, "POST", 1, 2), request_id="r"))
+    for trace in range(2, 50):
+        store.add(export("decode-root-0", trace, (1, 0, names.STEPS, 1, 2)))
+    # 2. The request is still there.
+    assert store.trace("r") is not None
+    assert len(store) == 1
+
+
 def test_a_store_of_nothing_keeps_nothing() -> None:
     store = SpanStore(0)
     store.add(export("gateway-0", 1, (1, 0, "POST", 1, 2), request_id="r"))
