@@ -96,10 +96,10 @@ async def serve(mesh: MeshConfig, replica: int, stop: asyncio.Event) -> None:
                     await stop.wait()
                     health.cancel()
                     requests.draining = True
+                    await watcher.close()
                     stopping = asyncio.create_task(server.stop(grace=10))
                 await stopping
             client.shutdown()
-            await watcher.close()
         finally:
             await server.stop(grace=0)
 

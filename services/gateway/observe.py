@@ -55,7 +55,7 @@ class Watcher:
         self._channels: dict[str, grpc.aio.Channel] = {}
 
     async def watch(self) -> AsyncGenerator[observe_pb2.WatchResponse, None]:
-        """A snapshot at once and then one a second, for ever."""
+        """A snapshot at once and then one a second, until `close`."""
         self._watchers += 1
         try:
             if self._asking is None:
@@ -65,15 +65,15 @@ class Watcher:
             while True:
                 async with self._new:
                     await self._new.wait()
-                assert self._latest is not None
+                if self._latest is None:
+                    return
                 yield self._latest
         finally:
             self._watchers -= 1
             if not self._watchers:
-                self.stop()
+                self._stop()
 
-    def stop(self) -> None:
-        """No longer asks."""
+    def _stop(self) -> None:
         if self._asking is not None:
             self._asking.cancel()
             self._asking = self._latest = None
@@ -120,8 +120,10 @@ class Watcher:
         return self._channels[address]
 
     async def close(self) -> None:
-        """Stops, and closes the channels."""
-        self.stop()
+        """Ends every stream, so that nobody who watches holds a shutdown up, and closes the channels."""
+        self._stop()
+        async with self._new:
+            self._new.notify_all()
         for channel in self._channels.values():
             await channel.close()
 

@@ -154,6 +154,19 @@ async def test_all_watchers_share_one_round_of_questions(world: World) -> None:
     assert world.asked <= 6
 
 
+async def test_who_watches_does_not_hold_a_shutdown_up(world: World) -> None:
+    # 1. Somebody watches, and has got a snapshot.
+    stream = world.watcher.watch()
+    await anext(stream)
+    following = asyncio.create_task(anext(stream, None))
+    await asyncio.sleep(0)
+    # 2. The gateway stops, and the stream ends.
+    await world.watcher.close()
+    async with asyncio.timeout(2):
+        while await following is not None:
+            following = asyncio.create_task(anext(stream, None))
+
+
 async def test_spans_come_in_and_a_trace_goes_out(world: World) -> None:
     async with open_channel(world.server.address) as channel:
         stub = observe_pb2_grpc.ObserveServiceStub(channel)
