@@ -9,15 +9,19 @@ import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
+from contextvars import Context
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
 import pytest
 
+from services.decode.root.sequence_spans import SequenceSpans, StepSpans
 from tests.otlp import Receiver, SeenSpan, Trace, receiving
 from tests.unit.fake_service import free_ports
 from tokenmesh.config import MeshConfig, TelemetryConfig
 from tokenmesh.context import TRACEPARENT, WorkContext, bind, current
+from tokenmesh.kv.messages import RankDetached, StepTimes
 from tokenmesh.kv.settling import Outcome
 from tokenmesh.rpc.calls import calling, start_call
 from tokenmesh.rpc.channel import open_channel
@@ -252,6 +256,37 @@ def test_a_ticket_is_a_span_from_its_opening_to_its_settlement(receiver: Receive
     assert good.attributes[names.TRANSFER_ID] == "01" * 8
     assert (bad.error, bad.message) == (True, "2 of 5 block layers did not arrive")
     assert (left.error, left.message) == (True, "detached")
+
+
+def test_a_lost_rank_and_shared_steps_are_told_on_open_decode_spans(receiver: Receiver) -> None:
+    # 1. Two sequences on a root: one decodes, the other still waits.
+    steps, now = StepSpans(), time.monotonic()
+    output: Any = SimpleNamespace(metrics=SimpleNamespace(queued_ts=now - 3, scheduled_ts=now - 2, first_token_ts=now))
+    with recording(MESH, "test", 0), bind(WorkContext("r", PARENT)):
+        with SequenceSpans(steps) as decoding, SequenceSpans(steps):
+            decoding.first_token(output, {names.DECISION: "too_short"})
+            # 2. A report of shared steps comes, then a rank is lost; the sequence goes on to its end.
+            #    Whoever reads reports works for no request.
+            report = StepTimes(3, 0.3, 0.2, {0: 0.1, 1: 0.15}, [20.0, 40.0])
+            Context().run(steps.note, report, time.monotonic())
+            steps.lost(RankDetached(1, 7, "gone", 2))
+            decoding.finished("length", 5)
+        assert not steps.decoding
+        steps.lost(RankDetached(1, 8, "gone again", 0))
+    # 3. The decode span has both events and no error; the waiting one has neither.
+    trace = receiver.trace(TRACE_ID)
+    decode = trace.one(names.DECODE)
+    assert (decode.events, decode.error) == ((names.STEPS, names.RANK_LOST), False)
+    assert decode.attributes[names.GEN_AI_OUTPUT_TOKENS] == 5
+    assert [span.events for span in trace.named(names.QUEUE)] == [(), ()]
+    # 4. The steps are a trace of their own, linked to the sequence that was in them.
+    (shared,) = [span for span in receiver.all() if span.name == names.STEPS]
+    assert shared.links == (decode.span_id,)
+    assert shared.trace_id != TRACE_ID
+    assert shared.attributes[names.STEP_ATTENTION_SECONDS] == [0.1, 0.15]
+    # 5. Queue and first token lie where vLLM said.
+    first = trace.one(names.FIRST_TOKEN)
+    assert first.end_ns - first.start_ns == pytest.approx(2e9, abs=5e6)
 
 
 def test_times_of_another_clock_are_placed_on_ours(receiver: Receiver) -> None:
