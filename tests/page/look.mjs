@@ -11,8 +11,8 @@ function watchFor(page) {
   page.setDefaultTimeout(15_000);
   page.on("pageerror", (error) => seen.problems.push(String(error)));
   page.on("console", (message) => {
-    // A refused key is shown as a failed request; that one is wanted.
-    if (message.type() === "error" && !message.text().includes("401")) seen.problems.push(message.text());
+    // Wanted: a refused key, and the trace of a request that still runs.
+    if (message.type() === "error" && !/401|404/.test(message.text())) seen.problems.push(message.text());
   });
   page.on("request", (request) => {
     if (!request.url().startsWith(url) && !request.url().startsWith("data:")) seen.problems.push(`asked ${request.url()}`);
@@ -43,7 +43,7 @@ seen.services = await texts(page, "#services .name");
 seen.meters = await page.locator("#ranks progress").count();
 seen.decisions = await texts(page, "#decisions .meter span:first-child");
 await page.screenshot({ path: `${folder}/dashboard.png` });
-await page.locator("#requests button", { hasText: /finished/ }).first().click();
+await page.locator("#requests button", { hasText: /finished/ }).last().click();
 await page.locator("#waterfall li").first().waitFor();
 seen.waterfall = await texts(page, "#waterfall .label");
 await page.locator("#waterfall summary").last().click();
