@@ -9,10 +9,11 @@ STUBS  := tokenmesh/v1
 
 .DEFAULT_GOAL := help
 
-.PHONY: help setup demo up test test-unit lint types fix proto verify lock bench bench-mesh bench-tknp bench-gpu test-gpu clean
+.PHONY: help setup demo up test test-unit test-gpu browser lint types fix proto dashboards verify lock bench bench-mesh \
+  bench-tknp bench-telemetry bench-gpu clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-15s %s\n", $$1, $$2}'
 
 setup: $(READY) ## install everything into .venv
 
@@ -37,6 +38,9 @@ test: $(READY) ## all tests; starts one mesh
 test-unit: $(READY) ## tests that start no engine
 	$(BIN)/pytest tests/unit
 
+browser: ## what tests of the live page need besides node and chromium; without it they are skipped
+	cd tests/page && npm ci
+
 lint: $(READY) ## style, spelling, layering, protos, containers, manifests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -58,12 +62,21 @@ fix: $(READY) ## what lint can mend
 proto: $(READY) ## regenerate the stubs
 	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=. --pyi_out=. --grpc_python_out=. $(PROTOS)
 
-verify: $(READY) ## the committed stubs are those of the protos
+dashboards: $(READY) ## write Grafana dashboards and Prometheus rules again
+	$(BIN)/python deploy/make_dashboards.py deploy
+
+verify: $(READY) ## the committed stubs, dashboards and rules are those of their sources
 	rm -rf build/verify && mkdir -p build/verify
 	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=build/verify --pyi_out=build/verify \
 	  --grpc_python_out=build/verify $(PROTOS)
 	touch build/verify/tokenmesh/v1/__init__.py
 	diff -r -x __pycache__ build/verify/tokenmesh/v1 $(STUBS) || (echo "run 'make proto'" && false)
+	$(BIN)/python deploy/make_dashboards.py build/verify/deploy
+	diff -r build/verify/deploy/grafana deploy/grafana && \
+	  diff build/verify/deploy/prometheus/rules.yaml deploy/prometheus/rules.yaml || \
+	  (echo "run 'make dashboards'" && false)
+	@if command -v promtool >/dev/null; then promtool check config deploy/prometheus/prometheus.yaml; \
+	  else echo "NOT CHECKED: promtool (Debian: prometheus) is not installed, so queries were not parsed"; fi
 
 LOCK = uv pip compile --quiet --override overrides.txt --python-version 3.11 --no-header --no-annotate \
   --no-emit-find-links --no-emit-package torch
@@ -72,7 +85,10 @@ lock: ## resolve requirements/*.in again (needs uv)
 	cd requirements && $(LOCK) cpu.in -o cpu.lock && $(LOCK) dev.in -c cpu.lock -o dev.full
 	cd requirements && grep -vxFf cpu.lock dev.full > dev.lock; rm dev.full
 
-bench: bench-mesh bench-tknp ## all benchmarks of this machine
+bench: bench-mesh bench-tknp bench-telemetry ## all benchmarks of this machine
+
+bench-telemetry: $(READY) ## spans on against off, paired; JSON and plot in build/bench
+	$(BIN)/python -m benchmarks.telemetry
 
 bench-mesh: $(READY) ## the mesh against a plain engine, paired; JSON and plot in build/bench
 	$(BIN)/python -m benchmarks.mesh

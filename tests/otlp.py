@@ -114,7 +114,8 @@ def _value(value: Any) -> Any:
 
 def _seen(span: trace_pb2.Span, resource: dict[str, Any]) -> SeenSpan:
     return SeenSpan(
-        role=resource[names.SERVICE_ROLE],
+        # vLLM exports spans of its own, of loading and the like, when the environment names a collector.
+        role=resource.get(names.SERVICE_ROLE, "vllm"),
         name=span.name,
         trace_id=span.trace_id.hex(),
         span_id=span.span_id.hex(),

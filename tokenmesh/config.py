@@ -215,6 +215,8 @@ class GatewayConfig(_Section):
     """host:port of prefill services. Absent: those of ``prefill_service``."""
     api_keys: tuple[str, ...] = ()
     """Accepted Bearer keys; empty: no authentication."""
+    admin_key: str | None = None
+    """Bearer key for the live page and ObserveService. Absent: ``api_keys`` open them too."""
     max_request_bytes: Annotated[int, Field(ge=1024)] = 8 << 20
     """Larger bodies are refused with 413."""
     request_timeout_s: Annotated[float, Field(gt=0)] = 600.0
@@ -238,13 +240,19 @@ class LogConfig(_Section):
 
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["json", "console"] = "json"
+    prompts: bool = False
+    """The gateway logs what its REST clients send, texts and tokens. Otherwise no service logs any of it."""
 
 
 class TelemetryConfig(_Section):
-    """Spans. Where they go besides the gateway, the standard OTEL_* variables say."""
+    """Spans. They go to the gateway, and to any collector that the standard OTEL_* variables name."""
 
     traces: Literal["auto", "on", "off"] = "auto"
     """``auto``: on if OTEL_EXPORTER_OTLP_ENDPOINT or OTEL_EXPORTER_OTLP_TRACES_ENDPOINT is set."""
+    kept_traces: Annotated[int, Field(ge=0)] = 500
+    """Requests whose spans the gateway keeps, for its page and ``tokenmesh trace``; 0: none are sent there."""
+    gateway: str | None = None
+    """host:port of the gateway that the others send spans to. Absent: that of this file."""
 
 
 class MeshConfig(BaseSettings):

@@ -17,6 +17,7 @@ from vllm.v1.engine.output_processor import OutputProcessor
 from vllm.v1.metrics.loggers import StatLoggerManager
 
 from services.gateway.mesh_core import MeshCore
+from services.gateway.pulse import Pulse
 from services.gateway.router import Router
 from tokenmesh.config import GatewayConfig
 from tokenmesh.lifecycle import RequestTable
@@ -34,7 +35,13 @@ class MeshEngineClient(AsyncLLM):
     """AsyncLLM whose engine core is a mesh. Holds a tokenizer and no weights."""
 
     def __init__(
-        self, vllm_config: VllmConfig, config: GatewayConfig, model_name: str, router: Router, requests: RequestTable
+        self,
+        vllm_config: VllmConfig,
+        config: GatewayConfig,
+        model_name: str,
+        pulse: Pulse,
+        router: Router,
+        requests: RequestTable,
     ) -> None:
         # Not super().__init__(): it would start an engine process. What follows is the rest of it.
         self.vllm_config = vllm_config
@@ -50,7 +57,7 @@ class MeshEngineClient(AsyncLLM):
             self.renderer.tokenizer, log_stats=True, stream_interval=vllm_config.scheduler_config.stream_interval
         )
         self._router = router
-        self.engine_core = MeshCore(config, model_name, router, requests, self._refused)
+        self.engine_core = MeshCore(config, model_name, pulse, router, requests, self._refused)
         self.logger_manager = StatLoggerManager(
             vllm_config=vllm_config, engine_idxs=[0], custom_stat_loggers=[], enable_default_loggers=False
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hmac
 import secrets
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -15,6 +14,7 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from services.gateway.engine_client import MeshEngineClient
+from services.gateway.keys import Keys
 from tokenmesh.config import GatewayConfig
 from tokenmesh.context import valid_request_id
 from tokenmesh.engine.sampling import bad_params, logprobs_to_proto, to_vllm
@@ -36,7 +36,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     """See inference.proto."""
 
     def __init__(self, config: GatewayConfig, model_name: str) -> None:
-        self._keys = [f"Bearer {key}".encode() for key in config.api_keys]
+        self._keys = Keys.of_clients(config)
         self._model_name = model_name
         self._client: MeshEngineClient | None = None
 
@@ -45,9 +45,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self._client = client
 
     def _admit(self, model: str, context: Context[Any, Any]) -> MeshEngineClient:
-        given = next((str(v) for k, v in context.invocation_metadata() or () if k == "authorization"), "")
-        if self._keys and not any(hmac.compare_digest(given.encode(), key) for key in self._keys):
-            raise MeshError(grpc.StatusCode.UNAUTHENTICATED, Reason.BAD_API_KEY, "the API key is missing or wrong")
+        self._keys.check(context)
         if model not in ("", self._model_name):
             raise MeshError(
                 grpc.StatusCode.NOT_FOUND, Reason.MODEL_NOT_FOUND, f"the model {model!r} is not served", param="model"

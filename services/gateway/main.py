@@ -5,11 +5,16 @@ from __future__ import annotations
 import asyncio
 
 import structlog
+from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc
 from vllm.usage.usage_lib import UsageContext
 
 from services.gateway import rest
+from services.gateway.dashboard.app import dashboard
 from services.gateway.engine_client import MeshEngineClient
 from services.gateway.inference import InferenceServicer
+from services.gateway.keys import Keys
+from services.gateway.observe import Collector, ObserveServicer, Watcher
+from services.gateway.pulse import Pulse
 from services.gateway.router import Router
 from tokenmesh.config import MeshConfig
 from tokenmesh.engine.host import engine_args
@@ -21,8 +26,9 @@ from tokenmesh.rpc.http import HttpServer, bind
 from tokenmesh.rpc.server import RpcServer
 from tokenmesh.telemetry import metric_names
 from tokenmesh.telemetry.endpoint import exposed
+from tokenmesh.telemetry.span_store import SpanStore
 from tokenmesh.telemetry.status_metrics import StatusCollector
-from tokenmesh.v1 import admin_pb2, inference_pb2, inference_pb2_grpc
+from tokenmesh.v1 import admin_pb2, inference_pb2, inference_pb2_grpc, observe_pb2, observe_pb2_grpc
 
 log = structlog.get_logger()
 
@@ -61,6 +67,13 @@ async def serve(mesh: MeshConfig, replica: int, stop: asyncio.Event) -> None:
             )
 
         AdminServicer(server, requests, describe)
+        pulse, store, keys = Pulse(), SpanStore(mesh.telemetry.kept_traces), Keys.of_operators(config)
+        watcher = Watcher(router, pulse, server.address, describe)
+        trace_service_pb2_grpc.add_TraceServiceServicer_to_server(
+            Collector(store, Keys.of_clients(config)), server.server
+        )
+        observe_pb2_grpc.add_ObserveServiceServicer_to_server(ObserveServicer(watcher, store, keys), server.server)
+        server.add(observe_pb2.DESCRIPTOR.services_by_name["ObserveService"].full_name)
         counters = {metric_names.GATEWAY_REQUESTS: lambda: requests.outcomes}
         server.metrics.add(StatusCollector(describe, counters))
         await server.start()
@@ -69,8 +82,8 @@ async def serve(mesh: MeshConfig, replica: int, stop: asyncio.Event) -> None:
             # The decode section decides lengths and dtype; no engine is started with it here.
             arguments = engine_args(mesh, mesh.decode_service, model_path, tensor_parallel_size=1)
             vllm_config = arguments.create_engine_config(UsageContext.OPENAI_API_SERVER)
-            client = MeshEngineClient(vllm_config, config, mesh.model_name, router, requests)
-            app = await rest.build(mesh, model_path, client)
+            client = MeshEngineClient(vllm_config, config, mesh.model_name, pulse, router, requests)
+            app = await rest.build(mesh, model_path, client, dashboard(watcher, store, keys))
             # Building vLLM's app imports packages that take over the root logger.
             setup_inherited_logging()
             servicer.attach(client)
@@ -83,6 +96,7 @@ async def serve(mesh: MeshConfig, replica: int, stop: asyncio.Event) -> None:
                     await stop.wait()
                     health.cancel()
                     requests.draining = True
+                    await watcher.close()
                     stopping = asyncio.create_task(server.stop(grace=10))
                 await stopping
             client.shutdown()

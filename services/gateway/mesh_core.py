@@ -28,6 +28,7 @@ from vllm.v1.engine import (
 from vllm.v1.metrics.stats import PrefillStats
 from vllm.v1.outputs import LogprobsLists, LogprobsTensors
 
+from services.gateway.pulse import Pulse
 from services.gateway.request_spans import SequenceSpan
 from services.gateway.router import Route, Router
 from tokenmesh.config import GatewayConfig
@@ -67,6 +68,7 @@ class MeshCore:
         self,
         config: GatewayConfig,
         model_name: str,
+        pulse: Pulse,
         router: Router,
         requests: RequestTable,
         fail: Callable[[str, MeshError], None],
@@ -74,6 +76,7 @@ class MeshCore:
         """`fail` is told of sequences that a service refused; it must tell whoever waits for them."""
         self._config = config
         self._model_name = model_name
+        self._pulse = pulse
         self._router = router
         self._requests = requests
         self._fail = fail
@@ -130,7 +133,7 @@ class MeshCore:
         tried: set[str] = set()
         refusal: MeshError | None = None
         try:
-            with SequenceSpan(self._model_name, request) as span, self._requests.admit(live):
+            with SequenceSpan(self._model_name, request, self._pulse) as span, self._requests.admit(live):
                 if span.work is not None:
                     adopt(span.work)
                 while True:
@@ -145,7 +148,6 @@ class MeshCore:
                             async for output in serve(request, route, span):
                                 if live.state is RequestState.ACCEPTED:
                                     route.prompt_done()
-                                    span.first_token()
                                     live.enter(RequestState.RUNNING)
                                     output.events = [
                                         EngineCoreEvent(EngineCoreEventType.QUEUED, queued),
@@ -211,6 +213,7 @@ class MeshCore:
         stub = prefill_pb2_grpc.PrefillServiceStub(route.entry.channel)
         with calling("tokenmesh.v1.PrefillService/Prefill", route.entry.address) as metadata:
             reply = await stub.Prefill(message, timeout=self._config.request_timeout_s, metadata=metadata)
+        span.tokens(1)
         usage = sampling_pb2.Usage(prompt_tokens=len(request.prompt_token_ids or ()), cached_tokens=reply.cached_tokens)
         yield EngineCoreOutput(
             request_id=request.request_id,

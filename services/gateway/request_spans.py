@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 from opentelemetry.trace import SpanKind
 from starlette.types import Message, Scope
 from vllm.v1.engine import EngineCoreRequest
 
+from services.gateway.pulse import Pulse
 from services.gateway.router import Route
 from tokenmesh.context import WorkContext
+from tokenmesh.rpc.errors import MeshError
 from tokenmesh.telemetry import span_names as names
 from tokenmesh.telemetry.status_metrics import decision_name
 from tokenmesh.telemetry.tracing import Span, Value, enabled, start
@@ -69,10 +70,12 @@ class HttpSpan:
 class SequenceSpan:
     """One sequence: a request has one per choice. A context; may be held across a yield."""
 
-    def __init__(self, model: str, request: EngineCoreRequest) -> None:
-        self._begun = time.monotonic()
-        self._tokens = 0
+    def __init__(self, model: str, request: EngineCoreRequest, pulse: Pulse) -> None:
+        self._pulse = pulse
+        self._sequence = pulse.begin(request.request_id, len(request.prompt_token_ids or ()))
         self._span = start(f"text_completion {model}", _asked(model, request) if enabled() else None)
+        if enabled() and self._span.work is not None:
+            self._sequence.trace_id = self._span.work.trace_id
         self.work = self._span.work
         """What the sequence's calls carry."""
 
@@ -89,26 +92,26 @@ class SequenceSpan:
             attributes[names.DECISION] = decision_name(sampling_pb2.PrefillDecision.Name(route.local_reason))
         start(names.ROUTE, attributes, at=begun).end()
 
-    def first_token(self) -> None:
-        """The first answer is there."""
-        self._span.set({names.GEN_AI_FIRST_CHUNK: time.monotonic() - self._begun})
+    def tokens(self, count: int) -> None:
+        """So many have come."""
+        self._pulse.message(self._sequence, count)
 
     def received(self, response: decode_pb2.GenerateResponse) -> None:
         """A root has answered."""
-        if not enabled():
-            return
-        self._tokens += len(response.token_ids)
+        self.tokens(len(response.token_ids))
         if response.HasField("prefill_decision"):
-            decision = sampling_pb2.PrefillDecision.Name(response.prefill_decision)
-            self._span.set({names.DECISION: decision_name(decision)})
-        if response.HasField("finish_reason"):
+            decision = decision_name(sampling_pb2.PrefillDecision.Name(response.prefill_decision))
+            self._pulse.decided(self._sequence, decision)
+            self._span.set({names.DECISION: decision})
+        if response.HasField("finish_reason") and enabled():
             reason = sampling_pb2.FinishReason.Name(response.finish_reason).removeprefix("FINISH_REASON_").lower()
             self._span.set(
                 {
                     names.GEN_AI_FINISH_REASONS: [reason],
                     names.GEN_AI_INPUT_TOKENS: response.usage.prompt_tokens,
                     names.GEN_AI_CACHED_TOKENS: response.usage.cached_tokens,
-                    names.GEN_AI_OUTPUT_TOKENS: self._tokens,
+                    names.GEN_AI_OUTPUT_TOKENS: self._sequence.tokens,
+                    names.GEN_AI_FIRST_CHUNK: self._sequence.first - self._sequence.begun,
                 }
             )
 
@@ -117,6 +120,13 @@ class SequenceSpan:
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         self._span.end(error)
+        if error is None:
+            outcome = "finished"
+        elif isinstance(error, MeshError):
+            outcome = error.reason.value
+        else:
+            outcome = "INTERNAL" if isinstance(error, Exception) else names.CANCELLED
+        self._pulse.end(self._sequence, outcome)
 
 
 def _asked(model: str, request: EngineCoreRequest) -> dict[str, Value]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hmac
+import logging
 from argparse import Namespace
 from http import HTTPStatus
 from typing import Any
@@ -17,9 +17,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.entrypoints.serve.utils import request_logger
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from services.gateway.engine_client import MeshEngineClient
+from services.gateway.keys import Keys
 from services.gateway.request_spans import HttpSpan
 from tokenmesh.config import ConfigError, GatewayConfig, MeshConfig
 from tokenmesh.context import REQUEST_ID, TRACEPARENT, WorkContext, bind
@@ -43,6 +45,7 @@ def server_args(mesh: MeshConfig, model_path: str) -> Namespace:
         "chat_template": config.chat_template,
         "enable_prompt_tokens_details": True,
         "disable_uvicorn_access_log": True,
+        "enable_log_requests": mesh.log.prompts,
     }
     values.update(config.server_args)
     for name, value in values.items():
@@ -54,13 +57,20 @@ def server_args(mesh: MeshConfig, model_path: str) -> Namespace:
     return args
 
 
-async def build(mesh: MeshConfig, model_path: str, client: MeshEngineClient) -> ASGIApp:
-    """The application, ready to be served."""
+async def build(mesh: MeshConfig, model_path: str, client: MeshEngineClient, page: ASGIApp) -> ASGIApp:
+    """The application, ready to be served. `page`: what is under /dashboard."""
     args = server_args(mesh, model_path)
+    log_prompts(mesh.log.prompts)
     app = build_app(args, ("generate",), client.model_config)
     answer_http_errors(app)
     await init_app_state(client, app.state, args, ("generate",))
-    return Guard(app, mesh.gateway)
+    return Guard(app, mesh.gateway, page)
+
+
+def log_prompts(wanted: bool) -> None:
+    """Lets vLLM's log of requests through, or not."""
+    # It has prompts at DEBUG, and a logger for nothing else.
+    logging.getLogger(request_logger.__name__).setLevel("DEBUG" if wanted else "WARNING")
 
 
 def answer_http_errors(app: FastAPI) -> None:
@@ -75,14 +85,19 @@ def answer_http_errors(app: FastAPI) -> None:
 class Guard:
     """Outermost ASGI layer: request id and trace context, API key, body size."""
 
-    def __init__(self, app: ASGIApp, config: GatewayConfig) -> None:
+    def __init__(self, app: ASGIApp, config: GatewayConfig, page: ASGIApp | None = None) -> None:
+        """`page` looks after its own keys."""
         self._app = app
-        self._keys = [key.encode() for key in config.api_keys]
+        self._page = page
+        self._keys = Keys.of_clients(config)
         self._limit = config.max_request_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
+            return
+        if self._page is not None and (scope["path"] == "/dashboard" or scope["path"].startswith("/dashboard/")):
+            await self._page(scope, receive, send)
             return
         headers = Headers(scope=scope)
         work = WorkContext.from_headers({k.lower(): v for k, v in headers.items()})
@@ -128,12 +143,9 @@ class Guard:
                 await self._too_large()(scope, receive, reply)
 
     def _refusal(self, scope: Scope, headers: Headers) -> JSONResponse | None:
-        if self._keys and scope["method"] != "OPTIONS" and scope["path"] not in _OPEN_PATHS:
-            scheme, _, key = headers.get("authorization", "").partition(" ")
-            # Every key is compared, so that timing tells nothing.
-            matches = [hmac.compare_digest(key.encode(), known) for known in self._keys]
-            if scheme.lower() != "bearer" or not any(matches):
-                return _error(401, "AuthenticationError", "the API key is missing or wrong")
+        is_open = scope["method"] == "OPTIONS" or scope["path"] in _OPEN_PATHS
+        if not is_open and not self._keys.fit(headers.get("authorization", "")):
+            return _error(401, "AuthenticationError", "the API key is missing or wrong")
         length = headers.get("content-length", "0")
         if length.isdigit() and int(length) > self._limit:
             return self._too_large()

@@ -22,14 +22,15 @@ MAX_SERIES = 40
 LONG = "The quick brown fox jumps over the lazy dog. " * 40
 
 ALWAYS = (names.INFO, names.READY, names.RUNNING, names.WAITING, names.PEER_UP, names.RPC_SECONDS)
-KV = (names.KV_BYTES, names.KV_TRANSFERS, names.KV_OPEN, names.KV_BLOCKS, names.KV_UTILIZATION)
+KV = (names.KV_BYTES, names.KV_TRANSFERS, names.KV_OPEN)
+BLOCKS = (names.KV_BLOCKS, names.KV_UTILIZATION)
 PROMPTS = (names.QUEUE_SECONDS, names.PROMPT_TOKENS, names.CACHED_TOKENS)
 SHOWN = {
     "gateway": (*ALWAYS, names.GATEWAY_REQUESTS),
-    "prefill": (*ALWAYS, *KV, *PROMPTS, names.PREFILL_REQUESTS, names.PREFILL_SECONDS),
+    "prefill": (*ALWAYS, *KV, *BLOCKS, *PROMPTS, names.PREFILL_REQUESTS, names.PREFILL_SECONDS),
     "decode-worker": (*ALWAYS, *KV),
     "decode-root": (
-        *(*ALWAYS, *KV, *PROMPTS, names.DECODE_REQUESTS, names.DECISIONS, names.KV_FAILURES),
+        *(*ALWAYS, *KV, *BLOCKS, *PROMPTS, names.DECODE_REQUESTS, names.DECISIONS, names.KV_FAILURES),
         *(names.REMOTE_PREFILL_SECONDS, names.KV_SECONDS, names.KV_EXPOSED_SECONDS, names.KV_GOODPUT),
         *(names.TTFT_SECONDS, names.ITL_SECONDS, names.GENERATED_TOKENS, names.EXCHANGE_SECONDS),
         *(names.RANK_ATTACHED, names.RANK_CONTEXT, names.RANK_SEQUENCES, names.RANK_SHARE, names.SHARED_STEPS),

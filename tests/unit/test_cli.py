@@ -94,7 +94,7 @@ def test_help_explains_every_parameter(name: str) -> None:
     assert COMMANDS[name].help
     assert name in CliRunner().invoke(main.app, ["--help"]).output
     # 3. The commands are these.
-    assert set(COMMANDS) == {"serve", "up", "status", "generate", "health", "drain", "demo", "version"}
+    assert set(COMMANDS) == {"serve", "up", "status", "generate", "trace", "health", "drain", "demo", "version"}
 
 
 async def test_bad_configuration_is_one_line(tmp_path: Path) -> None:

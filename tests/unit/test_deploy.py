@@ -74,7 +74,8 @@ def ports(mesh: MeshConfig, name: str) -> dict[str, int]:
     """What a role listens on, in the order in which its files list them."""
     if name == "gateway":
         return {"http": mesh.gateway.port, "grpc": mesh.gateway.grpc_port}
-    found = {"grpc": section(mesh, name).port, "kv": section(mesh, name).kv_transfer.port}
+    here = section(mesh, name)
+    found = {"grpc": here.port, "kv": here.kv_transfer.port, "metrics": here.metrics_port}
     return {**found, "rows": mesh.decode_worker.exchange_port} if name == "decode-worker" else found
 
 

@@ -86,8 +86,10 @@ def test_a_status_is_shown_as_it_is(role: str) -> None:
     assert dict(info)["role"] == role
     assert value(samples, "tokenmesh_requests_running") == STATUS[role].running
     assert value(samples, "tokenmesh_requests_waiting") == STATUS[role].waiting
-    # 3. KV is what the others have and a gateway has not.
-    assert any(name == "tokenmesh_kv_blocks" for name, _ in samples) == (role != "gateway")
+    # 3. Blocks are shown by those who know who holds them, transfers by all but the gateway.
+    present = {name for name, _ in samples}
+    assert ("tokenmesh_kv_blocks" in present) == (role in ("prefill", "decode-root"))
+    assert ("tokenmesh_kv_transfers_open" in present) == (role != "gateway")
 
 
 def test_ranks_are_shown_one_by_one() -> None:

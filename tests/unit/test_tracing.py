@@ -9,15 +9,19 @@ import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
+from contextvars import Context
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
 import pytest
 
+from services.decode.root.sequence_spans import SequenceSpans, StepSpans
 from tests.otlp import Receiver, SeenSpan, Trace, receiving
 from tests.unit.fake_service import free_ports
-from tokenmesh.config import TelemetryConfig
+from tokenmesh.config import MeshConfig, TelemetryConfig
 from tokenmesh.context import TRACEPARENT, WorkContext, bind, current
+from tokenmesh.kv.messages import RankDetached, StepTimes
 from tokenmesh.kv.settling import Outcome
 from tokenmesh.rpc.calls import calling, start_call
 from tokenmesh.rpc.channel import open_channel
@@ -33,6 +37,8 @@ TRACE_ID = "a" * 32
 PARENT = f"00-{TRACE_ID}-{'b' * 16}-01"
 GENERATE = "tokenmesh.v1.DecodeService/Generate"
 PREFILL = "tokenmesh.v1.PrefillService/Prefill"
+MESH = MeshConfig(telemetry=TelemetryConfig(kept_traces=0))
+"""Without a gateway."""
 
 
 @pytest.fixture(autouse=True)
@@ -120,7 +126,7 @@ async def ask(channel: grpc.aio.Channel, request_id: str, take: int = 99, timeou
 
 async def traced(receiver: Receiver, channel: grpc.aio.Channel, *args: Any, **options: Any) -> Trace:
     """The trace of one call, whole; whatever it ended with."""
-    with recording(TelemetryConfig(), "test", 0):
+    with recording(MESH, "test", 0):
         try:
             await ask(channel, *args, **options)
         except grpc.aio.AioRpcError:
@@ -204,7 +210,7 @@ async def test_a_caller_that_leaves_early_ends_every_span(receiver: Receiver, ch
 
 async def test_a_call_without_a_trace_begins_one(receiver: Receiver, channel: grpc.aio.Channel) -> None:
     # 1. A client that knows nothing of traces, and a poll.
-    with recording(TelemetryConfig(), "test", 0):
+    with recording(MESH, "test", 0):
         stub = decode_pb2_grpc.DecodeServiceStub(channel)
         async for _ in stub.Generate(decode_pb2.GenerateRequest(request_id="r")):
             pass
@@ -221,7 +227,7 @@ async def test_what_was_not_sampled_is_passed_on_and_not_recorded(
     receiver: Receiver, channel: grpc.aio.Channel
 ) -> None:
     # 1. The caller has decided against recording.
-    with recording(TelemetryConfig(), "test", 0):
+    with recording(MESH, "test", 0):
         stub = decode_pb2_grpc.DecodeServiceStub(channel)
         metadata = [(TRACEPARENT, f"00-{TRACE_ID}-{'b' * 16}-00")]
         async for _ in stub.Generate(decode_pb2.GenerateRequest(request_id="r"), metadata=metadata):
@@ -232,7 +238,7 @@ async def test_what_was_not_sampled_is_passed_on_and_not_recorded(
 
 def test_a_ticket_is_a_span_from_its_opening_to_its_settlement(receiver: Receiver) -> None:
     # 1. An owner opens three tickets: one is settled well, one badly, one is open when it lets go.
-    with recording(TelemetryConfig(), "test", 0):
+    with recording(MESH, "test", 0):
         tickets = TicketSpans()
         with bind(WorkContext("r", PARENT)):
             for number in (1, 2, 3):
@@ -252,10 +258,41 @@ def test_a_ticket_is_a_span_from_its_opening_to_its_settlement(receiver: Receive
     assert (left.error, left.message) == (True, "detached")
 
 
+def test_a_lost_rank_and_shared_steps_are_told_on_open_decode_spans(receiver: Receiver) -> None:
+    # 1. Two sequences on a root: one decodes, the other still waits.
+    steps, now = StepSpans(), time.monotonic()
+    output: Any = SimpleNamespace(metrics=SimpleNamespace(queued_ts=now - 3, scheduled_ts=now - 2, first_token_ts=now))
+    with recording(MESH, "test", 0), bind(WorkContext("r", PARENT)):
+        with SequenceSpans(steps) as decoding, SequenceSpans(steps):
+            decoding.first_token(output, {names.DECISION: "too_short"})
+            # 2. A report of shared steps comes, then a rank is lost; the sequence goes on to its end.
+            #    Whoever reads reports works for no request.
+            report = StepTimes(3, 0.3, 0.2, {0: 0.1, 1: 0.15}, [20.0, 40.0])
+            Context().run(steps.note, report, time.monotonic())
+            steps.lost(RankDetached(1, 7, "gone", 2))
+            decoding.finished("length", 5)
+        assert not steps.decoding
+        steps.lost(RankDetached(1, 8, "gone again", 0))
+    # 3. The decode span has both events and no error; the waiting one has neither.
+    trace = receiver.trace(TRACE_ID)
+    decode = trace.one(names.DECODE)
+    assert (decode.events, decode.error) == ((names.STEPS, names.RANK_LOST), False)
+    assert decode.attributes[names.GEN_AI_OUTPUT_TOKENS] == 5
+    assert [span.events for span in trace.named(names.QUEUE)] == [(), ()]
+    # 4. The steps are a trace of their own, linked to the sequence that was in them.
+    (shared,) = [span for span in receiver.all() if span.name == names.STEPS]
+    assert shared.links == (decode.span_id,)
+    assert shared.trace_id != TRACE_ID
+    assert shared.attributes[names.STEP_ATTENTION_SECONDS] == [0.1, 0.15]
+    # 5. Queue and first token lie where vLLM said.
+    first = trace.one(names.FIRST_TOKEN)
+    assert first.end_ns - first.start_ns == pytest.approx(2e9, abs=5e6)
+
+
 def test_times_of_another_clock_are_placed_on_ours(receiver: Receiver) -> None:
     # 1. An engine says when it began and ended; another never began.
     now = time.monotonic()
-    with recording(TelemetryConfig(), "test", 0), bind(WorkContext("r", PARENT)):
+    with recording(MESH, "test", 0), bind(WorkContext("r", PARENT)):
         tracing.record(names.FIRST_TOKEN, now - 2.0, now - 0.5)
         tracing.record(names.DECODE, 0.0, now)
     # 2. The span lies where it lay.
@@ -266,7 +303,7 @@ def test_times_of_another_clock_are_placed_on_ours(receiver: Receiver) -> None:
 
 def test_a_cancelled_peer_is_nobodys_fault(receiver: Receiver) -> None:
     # 1. Three spans end: cancelled by us, cancelled by a peer, failed.
-    with recording(TelemetryConfig(), "test", 0), bind(WorkContext("r", PARENT)):
+    with recording(MESH, "test", 0), bind(WorkContext("r", PARENT)):
         tracing.start("a").end(asyncio.CancelledError())
         tracing.start("b").end(MeshError(grpc.StatusCode.CANCELLED, Reason.INTERNAL, "gone"))
         tracing.start("c").end(MeshError(grpc.StatusCode.INTERNAL, Reason.KV_TRANSFER_FAILED, "bad"))
@@ -310,7 +347,7 @@ def test_off_does_not_even_import_the_sdk() -> None:
     # 1. A process that serves, with nothing recorded.
     code = (
         "import sys, tokenmesh.rpc.server, tokenmesh.telemetry.export as e, tokenmesh.config as c\n"
-        "with e.recording(c.TelemetryConfig(), 'x', 0): pass\n"
+        "with e.recording(c.MeshConfig(), 'x', 0): pass\n"
         "print([m for m in sys.modules if m.startswith('opentelemetry.sdk')])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

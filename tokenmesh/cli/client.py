@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 import grpc
 
-from tokenmesh.cli.status import check_health, dial, one_line
+from tokenmesh.cli.status import check_health, one_line
 from tokenmesh.config import GatewayConfig, MeshConfig
-from tokenmesh.rpc.channel import open_channel
+from tokenmesh.rpc.channel import dial, open_channel
 from tokenmesh.rpc.errors import MeshError
 from tokenmesh.v1 import admin_pb2, admin_pb2_grpc, inference_pb2, inference_pb2_grpc, sampling_pb2
 

@@ -26,8 +26,9 @@ from tokenmesh.cli.mesh import (
     serve_command,
 )
 from tokenmesh.cli.serve import ServiceRole
-from tokenmesh.cli.status import Screen, dial, one_line, showing
+from tokenmesh.cli.status import Screen, one_line, showing
 from tokenmesh.config import MeshConfig
+from tokenmesh.rpc.channel import dial
 from tokenmesh.v1 import sampling_pb2
 
 EXAMPLE = Path(tokenmesh.__file__).parents[1] / "examples" / "mesh.yaml"

@@ -84,6 +84,17 @@ def generate(
 
 
 @app.command()
+def trace(
+    request_id: Annotated[str, typer.Argument(help="Id of a recent request, as in X-Request-Id, or a trace id.")],
+    config: ConfigOption = None,
+) -> None:
+    """Show where the time of a request went, service by service. Needs telemetry.traces: on."""
+    from tokenmesh.cli import trace as command
+
+    raise typer.Exit(command.trace(_load(config), request_id))
+
+
+@app.command()
 def health(
     address: AddressArgument,
     timeout: Annotated[float, typer.Option(help="Seconds to wait for the answer.", min=0.1)] = 5,

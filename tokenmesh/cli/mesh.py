@@ -17,8 +17,9 @@ import yaml
 
 from tokenmesh.cli.child import Child
 from tokenmesh.cli.serve import ServiceRole
-from tokenmesh.cli.status import Endpoint, Screen, ServiceStatus, check_health, collect, dial, local_endpoints, showing
+from tokenmesh.cli.status import Endpoint, Screen, ServiceStatus, check_health, collect, local_endpoints, showing
 from tokenmesh.config import MeshConfig
+from tokenmesh.rpc.channel import dial
 
 POLL_S = 0.2
 CONNECT_S = 15.0

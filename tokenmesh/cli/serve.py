@@ -63,7 +63,7 @@ def serve(role: ServiceRole, config: Path | None, replica: int) -> int:
         await module.serve(mesh, replica, stop)
 
     try:
-        with recording(mesh.telemetry, role.value, replica):
+        with recording(mesh, role.value, replica):
             uvloop.run(run())
     except (PortInUseError, ModelNotFoundError, ConfigError) as error:
         print(f"tokenmesh: {role.value}: {error}", file=sys.stderr)

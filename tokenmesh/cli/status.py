@@ -24,14 +24,12 @@ from tokenmesh.cli import ranks
 from tokenmesh.cli.ranks import RankLine, ranks_of
 from tokenmesh.cli.serve import ServiceRole
 from tokenmesh.config import MeshConfig
-from tokenmesh.rpc.channel import open_channel
+from tokenmesh.rpc.channel import dial, open_channel
 from tokenmesh.rpc.errors import MeshError
 from tokenmesh.v1 import admin_pb2, admin_pb2_grpc
 
 REFRESH_S = 1.0
 """Between two looks at a mesh that is shown."""
-
-_LOOPBACK = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
 class ServiceState(enum.StrEnum):
@@ -109,12 +107,6 @@ class Screen(Console):
         """Called by rich, whose own version ends the process."""
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def dial(host: str, port: int) -> str:
-    """host:port as clients on this machine reach it: a wildcard that is listened on is no address to call."""
-    host = _LOOPBACK.get(host, host)
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def local_endpoints(config: MeshConfig) -> list[Endpoint]:

@@ -34,6 +34,15 @@ SERVER_OPTIONS = [
 ]
 
 
+_LOOPBACK = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
+
+
+def dial(host: str, port: int) -> str:
+    """host:port as clients on this machine reach it: a wildcard that is listened on is no address to call."""
+    host = _LOOPBACK.get(host, host)
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def open_channel(address: str) -> grpc.aio.Channel:
     """A channel to host:port. Connects lazily and reconnects by itself; close it."""
     return grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)

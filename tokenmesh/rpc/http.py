@@ -29,7 +29,7 @@ def bind(host: str, port: int) -> socket.socket:
 class HttpServer:
     """Serves an ASGI application for the length of the context."""
 
-    def __init__(self, app: Any, listener: socket.socket, grace: float = 0.0, lifespan: str = "off") -> None:
+    def __init__(self, app: Any, listener: socket.socket, grace: float = 1.0, lifespan: str = "off") -> None:
         """Waits up to `grace` seconds for running requests when it ends. Takes the listener over."""
         self._listener = listener
         self._server = uvicorn.Server(

@@ -1,4 +1,4 @@
-"""Where spans go: whatever the standard OTEL_* variables name. Set up once per service process."""
+"""Where spans go: to the gateway, and to what the standard OTEL_* variables name. Set up once per process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import structlog
 
 from tokenmesh import __version__
-from tokenmesh.config import TelemetryConfig
+from tokenmesh.config import MeshConfig, TelemetryConfig
+from tokenmesh.rpc.channel import dial
 from tokenmesh.telemetry import span_names, tracing
 
 if TYPE_CHECKING:
@@ -36,9 +37,9 @@ def _collector_named() -> bool:
 
 
 @contextmanager
-def recording(config: TelemetryConfig, role: str, replica: int) -> Iterator[None]:
+def recording(mesh: MeshConfig, role: str, replica: int) -> Iterator[None]:
     """Records this process's spans for the length of the block, if that is wanted; at its end the last ones leave."""
-    if not wanted(config):
+    if not wanted(mesh.telemetry):
         yield
         return
     from opentelemetry.sdk.resources import Resource
@@ -55,6 +56,8 @@ def recording(config: TelemetryConfig, role: str, replica: int) -> Iterator[None
         attributes["service.name"] = f"tokenmesh-{role}"
     # Sampler, limits and batch sizes are the SDK's to read from the environment.
     provider = TracerProvider(resource=Resource.create(attributes))
+    if mesh.telemetry.kept_traces:
+        provider.add_span_processor(BatchSpanProcessor(_gateway_exporter(mesh)))
     if _collector_named():
         provider.add_span_processor(BatchSpanProcessor(_otlp_exporter()))
     tracing.use(provider.get_tracer("tokenmesh", __version__))
@@ -64,6 +67,14 @@ def recording(config: TelemetryConfig, role: str, replica: int) -> Iterator[None
     finally:
         tracing.use(None)
         provider.shutdown()
+
+
+def _gateway_exporter(mesh: MeshConfig) -> SpanExporter:
+    from tokenmesh.telemetry.gateway_exporter import GatewayExporter
+
+    gateway = mesh.gateway
+    address = mesh.telemetry.gateway or dial(gateway.host, gateway.grpc_port)
+    return GatewayExporter(address, next(iter(gateway.api_keys), None))
 
 
 def _otlp_exporter() -> SpanExporter:

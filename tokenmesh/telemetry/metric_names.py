@@ -126,7 +126,7 @@ KV_FAILURES = Metric(
 )
 KV_OPEN = Metric("tokenmesh_kv_transfers_open", "gauge", "Transfers under way.")
 
-# Ranks. Rank 0 is the root; a prefill service and a root alone have only that one.
+# Ranks, as their root knows them. Rank 0 is the root; a prefill service and a root alone have only that one.
 
 KV_BLOCKS = Metric(
     "tokenmesh_kv_blocks", "gauge", "KV blocks: held by a sequence (used) or not (free).", ("rank", "state")

@@ -40,6 +40,8 @@ _OF_STEPS: dict[Metric, str] = {
 """Known only once there has been something to measure."""
 
 _WITHOUT_KV = (admin_pb2.ROLE_GATEWAY,)
+_WITH_LEDGER = (admin_pb2.ROLE_PREFILL, admin_pb2.ROLE_DECODE_ROOT)
+"""Who holds a worker's blocks its root alone knows, and shows."""
 
 
 def role_name(role: admin_pb2.Role) -> str:
@@ -73,7 +75,7 @@ class StatusCollector(Collector):
         for metric, counts in self.counters.items():
             known = {**dict.fromkeys(metric.values, 0), **counts()}
             yield _filled(metric, {(key,): count for key, count in known.items()})
-        if status.role not in _WITHOUT_KV:
+        if status.role in _WITH_LEDGER:
             yield from _blocks(status)
         if status.ranks:
             for metric, name in _OF_RANK.items():
