@@ -52,6 +52,10 @@ class KvTransferConfig(_Section):
     """Messages in flight per pair."""
     timeout_s: Annotated[float, Field(gt=0)] = 60.0
     """A remote prefill, queueing included, that takes longer is given up and the prompt computed locally."""
+    codec: Literal["none", "lossless", "bf16", "fp16", "fp8", "auto"] = "none"
+    """How KV is encoded on its way; a decode root asks for it. ``lossless``: exact, for links slower than its
+    compression. ``bf16``, ``fp16``, ``fp8``: rounded, which also bridges caches of different dtype. ``auto``: of the
+    exact ones, what the measured link and codecs promise most of."""
 
 
 class EngineConfig(_Section):
@@ -100,6 +104,8 @@ class PrefillConfig(EngineConfig):
     def _producer(self) -> PrefillConfig:
         if self.kv_transfer.role == "kv_consumer":
             raise ValueError("prefill_service.kv_transfer.role must be kv_producer")
+        if self.kv_transfer.codec != "none":
+            raise ValueError("prefill_service.kv_transfer.codec is set in decode_service: the owner of blocks asks")
         return self
 
 
@@ -143,6 +149,12 @@ class DecodeWorkerConfig(_Section):
     exchange_port: Port = 0
     """Port of the row listener of replica 0's shard 0; further shards and replicas follow. 0 picks free ones."""
     kv_transfer: KvTransferConfig = KvTransferConfig()
+
+    @model_validator(mode="after")
+    def _asked_for_by_the_root(self) -> DecodeWorkerConfig:
+        if self.kv_transfer.codec != "none":
+            raise ValueError("decode_worker.kv_transfer.codec is set in decode_service: the root asks")
+        return self
 
 
 class DecodeConfig(EngineConfig):

@@ -160,8 +160,8 @@ class OwningEnd:
         self.receiver = Receiver(shard, cache.memory, chunk, WINDOW, self.reports.append)
         self.address = ("127.0.0.1", worker.listen(0, self.receiver.serve))
 
-    def expect(self, ticket: bytes, blocks: list[int]) -> None:
-        self.receiver.expect(Expect(ticket, blocks))
+    def expect(self, ticket: bytes, blocks: list[int], codec: str = "none") -> None:
+        self.receiver.expect(Expect(ticket, blocks, codec))
 
     def settle(self, ticket: bytes) -> Settled:
         self.receiver.settle(ticket)

@@ -20,6 +20,7 @@ import numpy as np
 import structlog
 
 from tokenmesh.kv import wire
+from tokenmesh.kv.codecs import NAMES, CodecError, make_codec
 from tokenmesh.kv.memory import Buffer, Heads, KvMemory
 from tokenmesh.kv.messages import Expect, Settled
 from tokenmesh.kv.relay import Relays
@@ -33,9 +34,10 @@ log = structlog.get_logger()
 class _Ticket:
     """Blocks that one transfer may write once."""
 
-    def __init__(self, blocks: list[int], layers: int, heads: int) -> None:
+    def __init__(self, blocks: list[int], layers: int, heads: int, codec: str) -> None:
         self.blocks = np.array(blocks, dtype=np.int64)
         self.missing = np.ones((layers, len(blocks), heads), dtype=bool)
+        self.codecs = {0, NAMES.index(codec)}
         self.bytes = 0
         self.bad = 0
         self.error = ""
@@ -96,7 +98,8 @@ class Receiver:
         self._report = report
         self._tickets: dict[bytes, _Ticket] = {}
         self.counts: Counter[str] = Counter()
-        """Dropped messages by reason: stray, duplicate, corrupt, out_of_range, too_long, stalled, bad_header."""
+        """Dropped messages by reason: stray, probe, duplicate, corrupt, out_of_range, undecodable, too_long, stalled,
+        bad_header."""
         self._told: Counter[str] = Counter()
         # Chunks are cut by the sender at its own block count, but never above the larger of these two.
         self._limit = max(chunk_bytes, memory.geometry.block_bytes, 4 << 20)
@@ -112,7 +115,7 @@ class Receiver:
     def expect(self, message: Expect) -> None:
         """Opens a ticket."""
         geometry = self._memory.geometry
-        self._tickets[message.transfer_id] = _Ticket(message.blocks, geometry.layers, geometry.kv_heads)
+        self._tickets[message.transfer_id] = _Ticket(message.blocks, geometry.layers, geometry.kv_heads, message.codec)
 
     def settle(self, transfer_id: bytes) -> None:
         """Closes a ticket and reports it; from here on its blocks are not written."""
@@ -211,7 +214,9 @@ class Receiver:
             if header.transfer_id in self._relays:
                 await self._relays.forward(header, staging[: header.length])
             else:
-                reason = self._apply(header, staging[: header.length], inlet.endpoint.transport)
+                payload = staging[: header.length]
+                raw = await self._decode(header, payload) if header.codec else payload
+                reason = self._apply(header, payload, inlet.endpoint.transport, raw)
                 inlet.judge(header.transfer_id, reason)
         except TooLongError:
             self._drop(self._tickets.get(header.transfer_id), "too_long")
@@ -224,14 +229,40 @@ class Receiver:
     def _heads(self, header: Header) -> Heads:
         return Heads(header.head, header.heads) if header.heads else self._memory.all_heads
 
+    def _fits(self, header: Header, ticket: _Ticket) -> bool:
+        """Whether a message names nothing but what its ticket allows."""
+        geometry, heads = self._memory.geometry, self._heads(header)
+        return (
+            header.layer < geometry.layers
+            and header.first + header.blocks <= len(ticket.blocks)
+            and heads.first + heads.count <= geometry.kv_heads
+            and (heads == self._memory.all_heads or geometry.by_head)
+            and header.codec in ticket.codecs
+            and (header.codec != 0 or header.length == self._memory.nbytes(header.blocks, heads))
+        )
+
+    async def _decode(self, header: Header, payload: Buffer) -> Buffer | None:
+        """A payload as it will lie in the cache; None if it cannot be one. In a thread, since it takes its time."""
+        ticket = self._tickets.get(header.transfer_id)
+        if ticket is None or not self._fits(header, ticket) or not header.intact(payload):
+            return None
+        codec = make_codec(NAMES[header.codec], self._memory.geometry)
+        assert codec is not None
+        nbytes = self._memory.nbytes(header.blocks, self._heads(header))
+        try:
+            return await asyncio.to_thread(codec.decode, payload, nbytes)
+        except CodecError as error:
+            log.warning("kv payload not decoded", error=str(error))
+            return None
+
     def _drop(self, ticket: _Ticket | None, reason: str) -> str:
         self.counts[reason] += 1
         if ticket is not None:
             ticket.bad += 1
         return reason
 
-    def _apply(self, header: Header, payload: Buffer, transport: str) -> str:
-        """Copies a payload into its blocks, or drops and counts it; returns the reason, empty if it was copied.
+    def _apply(self, header: Header, payload: Buffer, transport: str, raw: Buffer | None) -> str:
+        """Copies a decoded payload into its blocks, or drops and counts it; returns the reason, empty if it was copied.
 
         Never awaits: see the module's docstring.
         """
@@ -239,24 +270,20 @@ class Receiver:
         if ticket is None:
             return self._drop(None, "probe" if header.transfer_id == PROBE_ID else "stray")
         ticket.transport = transport
-        geometry = self._memory.geometry
         stop, heads = header.first + header.blocks, self._heads(header)
         if not header.intact(payload):
             ticket.error = f"message {header.sequence} is corrupt"
             return self._drop(ticket, "corrupt")
-        if (
-            header.layer >= geometry.layers
-            or stop > len(ticket.blocks)
-            or heads.first + heads.count > geometry.kv_heads
-            or (heads != self._memory.all_heads and not geometry.by_head)
-            or header.length != self._memory.nbytes(header.blocks, heads)
-        ):
+        if not self._fits(header, ticket):
             ticket.error = f"message {header.sequence} points outside its ticket"
             return self._drop(ticket, "out_of_range")
+        if raw is None:
+            ticket.error = f"message {header.sequence} cannot be decoded"
+            return self._drop(ticket, "undecodable")
         missing = ticket.missing[header.layer, header.first : stop, heads.first : heads.first + heads.count]
         if not missing.all():
             return self._drop(ticket, "duplicate")
-        self._memory.scatter(header.layer, ticket.blocks[header.first : stop], heads, payload)
+        self._memory.scatter(header.layer, ticket.blocks[header.first : stop], heads, raw)
         missing[:] = False
         ticket.bytes += header.length
         return ""

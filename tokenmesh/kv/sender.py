@@ -12,6 +12,7 @@ import numpy as np
 import structlog
 
 from tokenmesh.kv import wire
+from tokenmesh.kv.codecs import NAMES, NONE, Codec, make_codec
 from tokenmesh.kv.memory import Buffer, Heads, KvMemory
 from tokenmesh.kv.messages import Commit, Connected, Destination, Push, SendDone
 from tokenmesh.kv.stopwatch import Stopwatch
@@ -106,6 +107,7 @@ class _Way:
 
 @dataclass
 class _Transfer:
+    codec: str
     commands: asyncio.Queue[Push | Commit] = field(default_factory=asyncio.Queue)
     task: asyncio.Task[None] | None = None
     begun: bool = False
@@ -178,9 +180,9 @@ class Sender:
         except SendError as error:
             self._report(Connected(host, port, str(error), "", 0.0, self._shard))
 
-    def start(self, transfer_id: bytes, destinations: Sequence[Destination]) -> None:
+    def start(self, transfer_id: bytes, destinations: Sequence[Destination], codec: str = NONE) -> None:
         """Opens a transfer. Its pushes are sent in order as they come."""
-        transfer = self._transfers.setdefault(transfer_id, _Transfer())
+        transfer = self._transfers.setdefault(transfer_id, _Transfer(codec))
         if transfer.task is None:
             transfer.task = asyncio.create_task(self._run(transfer_id, transfer, destinations))
 
@@ -256,13 +258,22 @@ class Sender:
     ) -> None:
         limit = max(1, self._chunk_bytes // self._memory.nbytes(1, way.source))
         everything = np.array(push.blocks, dtype=np.int64)
+        codec = make_codec(transfer.codec, self._memory.geometry)
         for start in range(0, len(everything), limit):
             blocks = everything[start : start + limit]
             staging: Buffer | None = None
             payload = self._memory.view(push.layer, blocks, way.source)
-            if payload is None:
+            if payload is None or codec is not None:
+                # With a codec, this bounds the encoded payloads under way.
                 staging = await self._staging.get()
+            if payload is None:
+                assert staging is not None
                 payload = self._memory.gather(push.layer, blocks, way.source, staging)
+            number = 0
+            if codec is not None:
+                encoded = await self._encode(codec, payload, staging)
+                if encoded is not None:
+                    payload, number = encoded, NAMES.index(transfer.codec)
             header = Header(
                 Kind.DATA,
                 transfer_id,
@@ -273,6 +284,7 @@ class Sender:
                 length=len(payload),
                 head=way.target,
                 heads=way.source.count,
+                codec=number,
             ).sealed(payload)
             way.messages += 1
             transfer.bytes += header.length
@@ -282,6 +294,18 @@ class Sender:
             # Failed sends stay in the set, for COMMIT to meet what they met.
             task.add_done_callback(lambda t: sends.discard(t) if not t.cancelled() and not t.exception() else None)
             await asyncio.sleep(0)
+
+    async def _encode(self, codec: Codec, raw: Buffer, staging: Buffer | None) -> Buffer | None:
+        """In a thread, since it takes its time. A transfer that is cancelled meanwhile gives its staging back."""
+        work = asyncio.ensure_future(asyncio.to_thread(codec.encode, raw))
+        try:
+            return await asyncio.shield(work)
+        except BaseException:
+            # The blocks are read until the thread is done, whoever still waits for it.
+            await asyncio.wait({work})
+            if staging is not None:
+                self._staging.put_nowait(staging)
+            raise
 
     async def _send(
         self, peer: Peer, header: Header, payload: Buffer, staging: Buffer | None, transfer: _Transfer

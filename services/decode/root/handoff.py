@@ -21,6 +21,8 @@ from services.decode.root.group import Group
 from tokenmesh.config import DecodeConfig
 from tokenmesh.context import WorkContext, bind, outgoing_metadata
 from tokenmesh.engine.host import EngineHost
+from tokenmesh.kv.codecs import codec_label
+from tokenmesh.kv.codecs.links import LinkCodecs
 from tokenmesh.kv.messages import DropKv, KvArrived, RankDetached, Settled, StepTimes, ToService, WantKv
 from tokenmesh.parallel.ids import split_owner
 from tokenmesh.rpc.channel import open_channel
@@ -71,6 +73,7 @@ class HandOff:
         self._fetches: dict[str, asyncio.Task[None]] = {}
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._down_since: dict[str, float] = {}
+        self._codecs = LinkCodecs(config.kv_transfer.codec)
         self.connected: set[str] = set()
         """Prefill services that were reachable, and connected to our shards, when last asked."""
         self.bytes = 0
@@ -173,6 +176,7 @@ class HandOff:
         if owner is None:
             raise unavailable(Reason.KV_OWNER_UNREACHABLE, f"nothing can be written to rank {rank} now")
         transfer_id = secrets.token_bytes(16)
+        codec = self._codecs.of(address)
         request = prefill_pb2.PrefillRequest(
             request_id=prompt.request_id,
             prompt_token_ids=prompt.token_ids,
@@ -182,7 +186,7 @@ class HandOff:
                 geometry=self.engine.movers[0].geometry.to_proto(),
                 start_token=want.start_token,
                 block_ids=blocks,
-                codec=kv_pb2.KV_CODEC_NONE,
+                codec=codec_label(codec),
             ),
             cache_salt=prompt.cache_salt,
             decode_root_id=self._root_id,
@@ -191,7 +195,7 @@ class HandOff:
         call: MeshError | None = None
         reply: prefill_pb2.PrefillResponse | None = None
         try:
-            await owner.expect(transfer_id, blocks)
+            await owner.expect(transfer_id, blocks, codec)
             stub = prefill_pb2_grpc.PrefillServiceStub(self._channel(address))
             reply = await stub.Prefill(request, timeout=timeout, metadata=outgoing_metadata())
         except grpc.aio.AioRpcError as error:
@@ -218,6 +222,7 @@ class HandOff:
             seconds=round(receipt.seconds, 4),
             exposed_s=round(receipt.exposed_seconds, 4),
             transport=receipt.transport,
+            codec=codec,
         )
         return receipt
 
@@ -253,9 +258,12 @@ class HandOff:
                 shards=owner.shards,
                 geometry=self.engine.movers[0].geometry.to_proto(),
                 decode_root_id=self._root_id,
+                codec=codec_label(self._codecs.of(address)),
             )
             replies.append(await stub.ConnectOwner(request, timeout=CONNECT_TIMEOUT_S))
-        return min(reply.goodput for reply in replies), replies[0].transport
+        goodput = min(reply.goodput for reply in replies)
+        await self._codecs.learn(address, goodput, self.engine.movers[0].geometry)
+        return goodput, replies[0].transport
 
     def _channel(self, address: str) -> grpc.aio.Channel:
         if address not in self._channels:
