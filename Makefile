@@ -9,7 +9,7 @@ STUBS  := tokenmesh/v1
 
 .DEFAULT_GOAL := help
 
-.PHONY: help setup demo up test test-unit lint types fix proto verify lock bench bench-mesh bench-tknp clean
+.PHONY: help setup demo up test test-unit lint types fix proto verify lock bench bench-mesh bench-tknp bench-codecs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -79,6 +79,9 @@ bench-mesh: $(READY) ## the mesh against a plain engine, paired; JSON and plot i
 
 bench-tknp: $(READY) ## two ranks against one, and the exchange alone; JSON and plot in build/bench
 	$(BIN)/python -m benchmarks.tknp
+
+bench-codecs: $(READY) ## KV codecs on real KV: ratio and speed; JSON in build/bench
+	$(BIN)/python -m benchmarks.codecs
 
 clean: ## remove what was built, keep the environment
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

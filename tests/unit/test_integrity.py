@@ -340,6 +340,33 @@ async def test_a_delayed_sender_cannot_write_into_reused_blocks(
     worker.close()
 
 
+async def test_messages_larger_than_ones_own_are_taken_under_a_ticket() -> None:
+    worker = MemoryWorker()
+    # (1) A sender that was told to send 5 MiB at a time, and an owner that sends less.
+    size = 1 << 20
+    large = BlockGeometry(1, 1, 16, 4, "float32", size, "test")
+    sending, owning = SendingEnd(worker, Cache(large, 8), 5 * size), OwningEnd(worker, Cache(large, 8), size)
+    sending.cache.data[:] = np.random.default_rng(3).integers(0, 256, sending.cache.data.shape, dtype=np.uint8)
+    blocks = [1, 2, 3, 4, 5]
+
+    async def transfer(ticket: bytes) -> SendDone:
+        sending.sender.start(ticket, [Destination(*owning.address)])
+        sending.sender.add(Push(ticket, 0, 0, blocks))
+        sending.sender.add(Commit(ticket))
+        return await sending.done()
+
+    owning.expect(b"1" * 16, blocks)
+    assert (await transfer(b"1" * 16)).error == ""
+    assert owning.settle(b"1" * 16).complete
+    assert (owning.cache.data[0, blocks] == sending.cache.data[0, blocks]).all()
+    # (2) Nobody gets so much memory without one: the connection is closed.
+    assert (await transfer(b"2" * 16)).error != ""
+    assert owning.settle(b"2" * 16).dropped["bad_header"] == 1
+    assert owning.idle()
+    await sending.close()
+    worker.close()
+
+
 async def test_a_sender_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wire, "STALL_S", 0.2)
     worker = MemoryWorker()

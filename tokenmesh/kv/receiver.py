@@ -101,7 +101,7 @@ class Receiver:
         """Dropped messages by reason: stray, probe, duplicate, corrupt, out_of_range, undecodable, too_long, stalled,
         bad_header."""
         self._told: Counter[str] = Counter()
-        # Chunks are cut by the sender at its own block count, but never above the larger of these two.
+        # What a message may have, and staging memory be used for, without a ticket.
         self._limit = max(chunk_bytes, memory.geometry.block_bytes, 4 << 20)
         self._staging: asyncio.Queue[Buffer] = asyncio.Queue()
         for _ in range(window):
@@ -173,9 +173,13 @@ class Receiver:
     async def _take(self, header: Header, inlet: _Inlet) -> None:
         """Handles one header; for DATA submits the receive of what follows it. Raises WireError."""
         if header.kind is Kind.DATA:
-            if not 0 < header.length <= self._limit:
+            known = header.transfer_id in self._tickets or header.transfer_id in self._relays
+            if not 0 < header.length <= (wire.LARGEST_PAYLOAD if known else self._limit):
                 raise WireError(f"payload of {header.length} bytes")
             staging = await self._staging.get()
+            if len(staging) < header.length:
+                # Its sender is configured to send larger messages than we are.
+                staging = np.zeros(header.length, dtype=np.uint8)
             # Submitted here and now: payloads must be received in the order of their headers.
             received = inlet.endpoint.recv(staging[: header.length], PAYLOAD_CHANNEL, bulk=True)
             inlet.start(inlet.applied, self._receive(received, header, staging, inlet))

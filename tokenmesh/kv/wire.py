@@ -24,6 +24,9 @@ _MAGIC = 0x544B4D34
 PROBE_ID = bytes(16)
 """The transfer id of messages that measure a pair; no ticket."""
 
+LARGEST_PAYLOAD = 256 << 20
+"""No sender may be configured to send more in a message."""
+
 STALL_S = 30.0
 """A payload that has not followed its header by then never will, and one that nobody has taken will not be taken."""
 
