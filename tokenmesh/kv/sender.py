@@ -75,6 +75,7 @@ class Peer:
         buffer = np.empty(HEADER_BYTES, dtype=np.uint8)
         try:
             while True:
+                buffer[:] = 0
                 await self._endpoint.recv(buffer, HEADER_CHANNEL)
                 header = Header.from_buffer(buffer)
                 future = self._receipts.get((header.transfer_id, header.head))
@@ -236,6 +237,8 @@ class Sender:
         except Exception as failure:  # noqa: BLE001 - any fault ends this transfer alone, and is reported with it
             error = f"{type(failure).__name__}: {failure}" if not isinstance(failure, SendError) else str(failure)
         finally:
+            # What still waits for its turn is not sent, and a cancellation that comes now finds nothing to cancel.
+            transfer.cancelled = True
             # Blocks may be reused only when UCX has let go of them, whether or not the transfer succeeded.
             await _let_go(sends, ways)
             del self._transfers[transfer_id]
@@ -330,9 +333,9 @@ class Sender:
 
 
 async def _landed(sends: set[asyncio.Task[None]]) -> None:
-    """Waits for sends and raises what one of them met. Unlike gather, being cancelled leaves them alone."""
+    """Waits for sends and raises what the first of them met. Unlike gather, being cancelled leaves them alone."""
     if sends:
-        done, _ = await asyncio.wait(sends)
+        done, _ = await asyncio.wait(sends, return_when=asyncio.FIRST_EXCEPTION)
         for task in done:
             task.result()
 
