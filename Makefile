@@ -9,7 +9,7 @@ STUBS  := tokenmesh/v1
 
 .DEFAULT_GOAL := help
 
-.PHONY: help setup demo up test test-unit lint types fix proto verify lock bench bench-mesh bench-tknp clean
+.PHONY: help setup demo up test test-unit lint types fix proto verify lock bench bench-mesh bench-tknp bench-kv clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
@@ -72,13 +72,16 @@ lock: ## resolve requirements/*.in again (needs uv)
 	cd requirements && $(LOCK) cpu.in -o cpu.lock && $(LOCK) dev.in -c cpu.lock -o dev.full
 	cd requirements && grep -vxFf cpu.lock dev.full > dev.lock; rm dev.full
 
-bench: bench-mesh bench-tknp ## all benchmarks of this machine
+bench: bench-mesh bench-tknp bench-kv ## all benchmarks of this machine
 
 bench-mesh: $(READY) ## the mesh against a plain engine, paired; JSON and plot in build/bench
 	$(BIN)/python -m benchmarks.mesh
 
 bench-tknp: $(READY) ## two ranks against one, and the exchange alone; JSON and plot in build/bench
 	$(BIN)/python -m benchmarks.tknp
+
+bench-kv: $(READY) ## KV to its owner against UCX alone, NIXL and a socket; JSON and plot in build/bench
+	$(BIN)/python -m benchmarks.kv
 
 clean: ## remove what was built, keep the environment
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
