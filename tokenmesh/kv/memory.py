@@ -52,6 +52,12 @@ class KvMemory:
                 yield first, i - first, self._run(layer, blocks[first], i - first)
                 first = i
 
+    def contiguous(self, layer: int, blocks: Sequence[int]) -> Buffer | None:
+        """The bytes of these blocks in place, if they lie back to back in memory; else None."""
+        if len(blocks) > 1 and not (self._packed and (np.diff(blocks) == 1).all()):
+            return None
+        return self._run(layer, blocks[0], len(blocks)) if blocks else None
+
     def gather(self, layer: int, blocks: Sequence[int], out: Buffer) -> Buffer:
         """Copies blocks into `out` back to back; returns the part filled."""
         size = self.geometry.block_bytes

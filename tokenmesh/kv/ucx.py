@@ -49,14 +49,18 @@ class UcxEndpoint:
 
     def send(self, buffer: Buffer, channel: int, bulk: bool = False) -> asyncio.Future[None]:
         """Submits a send now; the future is done when the buffer may be reused. Fails with UcxError."""
+        if self._endpoint is None:
+            return self._worker.refused("the endpoint is closed")
         return self._worker.submit(self._endpoint.tag_send, buffer, self._send_base | channel, bulk, receive=False)
 
     def recv(self, buffer: Buffer, channel: int, bulk: bool = False) -> asyncio.Future[None]:
         """Submits a receive now; the future is done when the buffer is filled. Fails with UcxError."""
+        if self._endpoint is None:
+            return self._worker.refused("the endpoint is closed")
         return self._worker.submit(self._endpoint.tag_recv, buffer, self._recv_base | channel, bulk, receive=True)
 
     def close(self) -> None:
-        """Closes at once: open requests fail, and UCX no longer touches their buffers."""
+        """Closes at once: open requests fail, and UCX no longer touches their buffers. Idempotent."""
         if self._endpoint is not None:
             self._endpoint.close_blocking(period=10**9, max_attempts=1)
             self._endpoint = None
@@ -113,6 +117,12 @@ class UcxWorker:
                 future.set_exception(UcxError(f"{type(error).__name__}: {error}"))
             else:
                 future.set_result(None)
+
+    def refused(self, why: str) -> asyncio.Future[None]:
+        """A request that is not made, as a future that has failed."""
+        future: asyncio.Future[None] = self._loop.create_future()
+        future.set_exception(UcxError(why))
+        return future
 
     def submit(
         self, verb: Callable[..., Any], buffer: Buffer, tag: int, bulk: bool, receive: bool
