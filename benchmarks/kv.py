@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.costs import Costs, costs
 from benchmarks.exposure import Exposure, exposures, first_requests
 from benchmarks.harness import Panel, Report, commit, median, plot
 from benchmarks.movers import WINDOW, KvMoverError, Layout, mover_pair, scattered
@@ -27,8 +28,9 @@ from tokenmesh.cli.mesh import run_until_signal
 
 MIN_ROUNDS = 5
 MB = 1 << 20
-SAMPLE_BYTES = 384 * MB
+SAMPLE_BYTES = 256 * MB
 """A side moves about so much each time it is measured."""
+SIDES = ["ucx_perftest", "ucx_perftest_whole", "nixl", "socket"]
 LENGTHS = (500, 2000, 4000)
 """Prompt tokens."""
 
@@ -90,6 +92,7 @@ async def race(transport: str, layout: Layout, rounds: int, sides: Sequence[str]
         runners: dict[str, Callable[[], Awaitable[float]]] = {
             "ours": ours,
             "ucx_perftest": lambda: perftest(transport, layout.message_bytes, WINDOW, messages),
+            "ucx_perftest_whole": lambda: perftest(transport, layout.nbytes, 2, max(4, transfers)),
             "nixl": lambda: nixl(layout, transport, transfers),
             "socket": lambda: socket_link(layout.nbytes, transfers),
         }
@@ -177,7 +180,9 @@ async def bench(rounds: int, eager: bool, out: Path) -> int:
     started_at, load = commit(), os.getloadavg()[0]
     try:
         install()
-        some = await races(["shm", "tcp"], [*SIZES, *CACHES], rounds, ["ucx_perftest", "nixl", "socket"])
+        some = await races(["shm", "tcp"], [*SIZES, *CACHES], rounds, SIDES)
+        alone = await costs()
+        print(alone, flush=True)
         exposed = await exposures(LENGTHS, rounds, eager)
         for tokens in LENGTHS:
             print(f"exposed / prefill at {tokens} tokens: {exposed_ratio(exposed, tokens):.4f}", flush=True)
@@ -196,7 +201,7 @@ async def bench(rounds: int, eager: bool, out: Path) -> int:
     return 0
 
 
-def notes(some: Sequence[Race], load: float) -> list[str]:
+def notes(some: Sequence[Race], alone: Costs, load: float) -> list[str]:
     """The report's notes."""
     ratios = "; ".join(
         f"{one.transport} {one.layout.name}: "
@@ -210,6 +215,11 @@ def notes(some: Sequence[Race], load: float) -> list[str]:
         "ucx_perftest: tag_bw in messages of the same size and with the same window, always from and into the same"
         " buffer of one message, neither checked nor handed on; over TCP without endpoint error handling, which its way"
         " of connecting makes five times slower",
+        "ucx_perftest_whole: the same with messages of a whole transfer, so that its buffer is as large as the KV and"
+        " does not stay in the caches: what UCX can do with the memory that ours has to touch",
+        f"beside moving bytes, one core of ours: checksum {alone.checksum_cached / 1e9:.0f} GB/s in cache and"
+        f" {alone.checksum / 1e9:.0f} from memory, copy of staged bytes into scattered blocks {alone.copy / 1e9:.0f}"
+        f" GB/s, {alone.message * 1e6:.0f} us per message, however small",
         "nixl: UCX backend, host memory, WRITE with notification, a descriptor per block, two transfers at a time, both"
         " ends polling, no checksum; from the nixl-cu12 wheel without its dependencies, which needs no CUDA",
         "socket: sendall and recv_into of 8 MB, each transfer acknowledged",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import kv
+from benchmarks.costs import Costs, costs
 from benchmarks.exposure import Exposure
 from benchmarks.harness import FIGURES, Report
 from benchmarks.movers import CHUNK_BYTES, Layout, mover_pair, scattered
@@ -36,6 +37,13 @@ async def test_scattered_blocks_arrive_where_they_belong() -> None:
         goodput = await pair.measure(layout, 2)
     assert goodput.streamed > 0
     assert goodput.alone > 0
+
+
+async def test_costs_are_measured_apart() -> None:
+    alone = await costs()
+    # Reading once is never slower than reading and writing, by any margin that a busy machine explains.
+    assert alone.checksum_cached > alone.copy / 4
+    assert 1e-6 < alone.message < 0.1
 
 
 def test_layouts_are_what_their_names_say() -> None:
@@ -70,7 +78,9 @@ def test_figures_are_medians_of_ratios() -> None:
         }
     )
     # They are those that the report wants, and everything that they were made of goes into it.
-    report = Report("kv", figures, kv.runs(some, exposed, [0.3, 0.1, 0.2]), kv.notes(some, 0.0))
+    report = Report(
+        "kv", figures, kv.runs(some, exposed, [0.3, 0.1, 0.2]), kv.notes(some, Costs(5e10, 3e10, 1e10, 4e-5), 0.0)
+    )
     assert set(report.figures) == set(FIGURES["kv"])
     assert len(report.runs) == 9 + 4 + 1
     assert any("shm 64 MB: 0.62 of ucx_perftest, 2.50 of nixl" in note for note in report.notes)
