@@ -18,6 +18,7 @@ from collections.abc import Callable
 import numpy as np
 import structlog
 
+from tokenmesh.kv.checksum import checksum
 from tokenmesh.kv.memory import Buffer, KvMemory
 from tokenmesh.kv.messages import Expect, Settled
 from tokenmesh.kv.relay import Relays
@@ -244,7 +245,7 @@ class Receiver:
             # The blocks stay missing, and claimed.
             log.debug("kv payload lost with its sender", error=str(error))
             return
-        if header.intact(place):
+        if await checksum(place, header.seed) == header.checksum:
             ticket.missing[header.layer, header.first : header.first + header.blocks] = False
             ticket.bytes += header.length
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import structlog
 
+from tokenmesh.kv.checksum import checksum
 from tokenmesh.kv.memory import Buffer, KvMemory
 from tokenmesh.kv.messages import Commit, Connected, Push, SendDone
 from tokenmesh.kv.stopwatch import Stopwatch
@@ -239,7 +241,8 @@ class Sender:
                 first=push.first + start,
                 blocks=len(blocks),
                 length=len(blocks) * size,
-            ).sealed(payload)
+            )
+            header = dataclasses.replace(header, checksum=await checksum(payload, header.seed))
             transfer.messages += 1
             transfer.bytes += header.length
             transfer.block_layers += len(blocks)

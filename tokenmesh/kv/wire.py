@@ -76,10 +76,13 @@ class Header:
         """Whether header and payload are what was sealed."""
         return self.checksum == self._digest(payload)
 
+    @property
+    def seed(self) -> int:
+        """Of the payload's checksum: so that a payload cannot be moved under another header."""
+        return xxhash.xxh3_64_intdigest(self._pack(0))
+
     def _digest(self, payload: Buffer | None) -> int:
-        # The header's own digest seeds the payload's, so that a payload cannot be moved under another header.
-        seed = xxhash.xxh3_64_intdigest(self._pack(0))
-        return seed if payload is None else xxhash.xxh3_64_intdigest(payload.data, seed=seed)
+        return self.seed if payload is None else xxhash.xxh3_64_intdigest(payload.data, seed=self.seed)
 
     def to_buffer(self) -> Buffer:
         """The bytes to send, shape [HEADER_BYTES]."""
