@@ -20,11 +20,12 @@ from typing import Any
 from benchmarks.costs import Costs, costs
 from benchmarks.exposure import Exposure, exposures, first_requests
 from benchmarks.harness import Panel, Report, commit, median, plot
+from benchmarks.load import LoadError
 from benchmarks.movers import WINDOW, KvMoverError, Layout, mover_pair, scattered
 from benchmarks.nixl import NixlError, install, nixl
 from benchmarks.perftest import PerftestError, perftest
 from benchmarks.socket_link import socket_link
-from tokenmesh.cli.mesh import run_until_signal
+from tokenmesh.cli.mesh import MeshStartError, run_until_signal
 
 MIN_ROUNDS = 5
 MB = 1 << 20
@@ -187,7 +188,7 @@ async def bench(rounds: int, eager: bool, out: Path) -> int:
         for tokens in LENGTHS:
             print(f"exposed / prefill at {tokens} tokens: {exposed_ratio(exposed, tokens):.4f}", flush=True)
         ttfts = await first_requests(400, eager, (out / "kv-logs").absolute())
-    except (KvMoverError, NixlError, PerftestError) as error:
+    except (KvMoverError, NixlError, PerftestError, MeshStartError, LoadError) as error:
         print(f"bench-kv: {error}", file=sys.stderr)
         return 1
     report = Report(
