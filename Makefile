@@ -10,7 +10,7 @@ STUBS  := tokenmesh/v1
 .DEFAULT_GOAL := help
 
 .PHONY: help setup demo up test test-unit test-gpu browser lint types fix proto dashboards verify lock bench bench-mesh \
-  bench-tknp bench-telemetry bench-gpu clean
+  bench-tknp bench-kv bench-codecs bench-telemetry bench-gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-15s %s\n", $$1, $$2}'
@@ -85,7 +85,7 @@ lock: ## resolve requirements/*.in again (needs uv)
 	cd requirements && $(LOCK) cpu.in -o cpu.lock && $(LOCK) dev.in -c cpu.lock -o dev.full
 	cd requirements && grep -vxFf cpu.lock dev.full > dev.lock; rm dev.full
 
-bench: bench-mesh bench-tknp bench-telemetry ## all benchmarks of this machine
+bench: bench-mesh bench-tknp bench-kv bench-telemetry ## all benchmarks of this machine
 
 bench-telemetry: $(READY) ## spans on against off, paired; JSON and plot in build/bench
 	$(BIN)/python -m benchmarks.telemetry
@@ -95,6 +95,12 @@ bench-mesh: $(READY) ## the mesh against a plain engine, paired; JSON and plot i
 
 bench-tknp: $(READY) ## two ranks against one, and the exchange alone; JSON and plot in build/bench
 	$(BIN)/python -m benchmarks.tknp
+
+bench-kv: $(READY) ## KV to its owner against UCX alone, NIXL and a socket; JSON and plot in build/bench
+	$(BIN)/python -m benchmarks.kv
+
+bench-codecs: $(READY) ## KV codecs on real KV: ratio and speed; JSON in build/bench
+	$(BIN)/python -m benchmarks.codecs
 
 # On a machine with a GPU, in whatever environment has vLLM for it: this checkout is used as it is.
 bench-gpu: ## a root with ranks on its own GPU against plain vLLM; JSON in build/bench

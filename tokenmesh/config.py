@@ -64,6 +64,10 @@ class KvTransferConfig(_Section):
     """Messages in flight per pair."""
     timeout_s: Annotated[float, Field(gt=0)] = 60.0
     """A remote prefill, queueing included, that takes longer is given up and the prompt computed locally."""
+    codec: Literal["none", "lossless", "bf16", "fp16", "fp8", "auto"] = "none"
+    """How KV is encoded on its way; a decode root asks for it. ``lossless``: exact, for links slower than its
+    compression. ``bf16``, ``fp16``, ``fp8``: rounded, which also bridges caches of different dtype. ``auto``: of the
+    exact ones, what the measured link and codecs promise most of."""
 
 
 class EngineConfig(_Section):
@@ -120,6 +124,8 @@ class PrefillConfig(EngineConfig):
             raise ValueError("prefill_service.kv_transfer.role must be kv_producer")
         if self.kv_transfer.transport == "none" and self.replicas:
             raise ValueError("prefill_service.kv_transfer.transport: none leaves it nothing to do; set replicas to 0")
+        if self.kv_transfer.codec != "none":
+            raise ValueError("prefill_service.kv_transfer.codec is set in decode_service: the owner of blocks asks")
         return self
 
 
@@ -174,6 +180,8 @@ class DecodeWorkerConfig(_Section):
     def _receives(self) -> DecodeWorkerConfig:
         if self.kv_transfer.transport == "none":
             raise ValueError("decode_worker.kv_transfer.transport must not be none: its KV comes from elsewhere")
+        if self.kv_transfer.codec != "none":
+            raise ValueError("decode_worker.kv_transfer.codec is set in decode_service: the root asks")
         return self
 
 

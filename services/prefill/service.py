@@ -20,6 +20,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from tokenmesh.config import PrefillConfig
 from tokenmesh.engine.host import EngineHost
 from tokenmesh.engine.settings import SendTo
+from tokenmesh.kv.codecs import codec_name
 from tokenmesh.kv.geometry import BlockGeometry, GeometryMismatchError
 from tokenmesh.kv.messages import CancelSend, Connect, Connected, Destination, KvSent, SendDone, ToService
 from tokenmesh.kv.routes import check_routes
@@ -163,7 +164,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         engine = self.engine
         loop = asyncio.get_running_loop()
         waiting = []
-        for number, destinations in enumerate(self._destinations(request.geometry, request.shards)):
+        for number, destinations in enumerate(self._destinations(request.geometry, request.shards, request.codec)):
             for to in destinations:
                 future: asyncio.Future[Connected] = loop.create_future()
                 self._connecting[number, to.host, to.port].append(future)
@@ -178,7 +179,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         )
 
     def _destinations(
-        self, geometry: kv_pb2.BlockGeometry, shards: Sequence[kv_pb2.KvShard]
+        self, geometry: kv_pb2.BlockGeometry, shards: Sequence[kv_pb2.KvShard], codec: kv_pb2.KvCodec
     ) -> list[list[Destination]]:
         """Where each of our shards sends which of its heads. Raises MeshError."""
         if not shards:
@@ -186,7 +187,8 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         total = self.engine.llm.model_config.get_total_num_kv_heads()
         mine, theirs = self.engine.movers[0].geometry, BlockGeometry.from_proto(geometry)
         try:
-            routes = check_routes(total, mine, self._config.tensor_parallel_size, theirs, len(shards))
+            tensor_parallel = self._config.tensor_parallel_size
+            routes = check_routes(total, mine, tensor_parallel, theirs, len(shards), codec_name(codec))
         except GeometryMismatchError as error:
             raise MeshError(grpc.StatusCode.FAILED_PRECONDITION, Reason.GEOMETRY_MISMATCH, str(error)) from error
         return [
@@ -197,7 +199,9 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
     def _check_target(self, request: prefill_pb2.PrefillRequest) -> SendTo:
         target = request.target
         mine = self.engine.movers[0].geometry
-        destinations = self._destinations(target.geometry, target.shards)
+        if not target.codec:
+            raise invalid(Reason.BAD_TARGET, "codec must be given", param="target")
+        destinations = self._destinations(target.geometry, target.shards, target.codec)
         missing = len(request.prompt_token_ids) - target.start_token
         problem = ""
         if len(target.transfer_id) != 16:
@@ -206,13 +210,12 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
             problem = "start_token must be a multiple of the block size and inside the prompt"
         elif len(target.block_ids) != mine.blocks_for(missing):
             problem = f"{len(target.block_ids)} blocks given, {mine.blocks_for(missing)} needed"
-        elif target.codec != kv_pb2.KV_CODEC_NONE:
-            problem = "codec must be KV_CODEC_NONE"
         elif target.transfer_id in self._sends or target.transfer_id in self._used:
             problem = "transfer_id was used before"
         if problem:
             raise invalid(Reason.BAD_TARGET, problem, param="target")
-        return SendTo(target.transfer_id, destinations, target.start_token, len(target.block_ids))
+        codec = codec_name(target.codec)
+        return SendTo(target.transfer_id, destinations, target.start_token, len(target.block_ids), codec)
 
     async def _compute(
         self, request: prefill_pb2.PrefillRequest, target: SendTo | None, live: LiveRequest

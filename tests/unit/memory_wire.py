@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import numpy as np
+import pytest
 
 from tokenmesh.kv import transports
 from tokenmesh.kv.geometry import BlockGeometry, LayerSpan
@@ -18,6 +19,7 @@ from tokenmesh.kv.messages import Connected, Expect, SendDone, Settled
 # UCX reads its environment on import.
 os.environ.update({k: v for k, v in transports.environment("auto").items() if k not in os.environ})
 
+from tokenmesh.kv import receiver as receiver_module
 from tokenmesh.kv import sender as sender_module
 from tokenmesh.kv import wire
 from tokenmesh.kv.receiver import Receiver
@@ -160,13 +162,37 @@ class OwningEnd:
         self.receiver = Receiver(shard, cache.memory, chunk, WINDOW, self.reports.append)
         self.address = ("127.0.0.1", worker.listen(0, self.receiver.serve))
 
-    def expect(self, ticket: bytes, blocks: list[int]) -> None:
-        self.receiver.expect(Expect(ticket, blocks))
+    def expect(self, ticket: bytes, blocks: list[int], codec: str = "none") -> None:
+        self.receiver.expect(Expect(ticket, blocks, codec))
 
-    def settle(self, ticket: bytes) -> Settled:
+    async def settle(self, ticket: bytes) -> Settled:
+        """Reported at once, unless something is being received into the ticket's blocks."""
         self.receiver.settle(ticket)
+        async with asyncio.timeout(10):
+            while not self.reports or self.reports[-1].transfer_id != ticket:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
         return self.reports[-1]
 
     def idle(self) -> bool:
         """No ticket open, no staging lent."""
         return self.receiver.open == 0 and self.receiver._staging.qsize() == WINDOW
+
+
+def receive_in_place(patch: pytest.MonkeyPatch, smallest: int | None) -> Counter[bool]:
+    """Lets owners receive messages of `smallest` bytes or more in place, over the wire in memory too; None: nothing.
+
+    Returns how many payloads are (True) and are not (False), of those under a ticket.
+    """
+    claims: Counter[bool] = Counter()
+    claim = Receiver._claim
+
+    def counted(receiver: Receiver, *arguments: Any) -> Any:
+        place = claim(receiver, *arguments)
+        claims[place is not None] += 1
+        return place
+
+    patch.setattr(Receiver, "_claim", counted)
+    direct = frozenset() if smallest is None else receiver_module.DIRECT | {"memory"}
+    patch.setattr(receiver_module, "DIRECT", direct)
+    patch.setattr(receiver_module, "DIRECT_BYTES", smallest or 0)
+    return claims

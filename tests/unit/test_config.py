@@ -187,6 +187,13 @@ def test_a_configuration_is_frozen_at_every_depth() -> None:
         ("prefill_service: {gpu_memory_utilization: 1.5}", "prefill_service.gpu_memory_utilization", "equal to 1"),
         ("model: ' '", "model", "must not be empty"),
         ("prefill_service: {kv_transfer: {role: kv_consumer}}", "prefill_service.kv_transfer.role", "kv_producer"),
+        (
+            "prefill_service: {kv_transfer: {codec: fp8}}",
+            "prefill_service.kv_transfer.codec",
+            "the owner of blocks asks",
+        ),
+        ("decode_worker: {kv_transfer: {codec: fp8}}", "decode_worker.kv_transfer.codec", "the root asks"),
+        ("decode_service: {kv_transfer: {codec: zip}}", "decode_service.kv_transfer.codec", "'lossless'"),
         ("decode_service: {kv_transfer: {role: kv_producer}}", "decode_service.kv_transfer.role", "kv_consumer"),
         (
             "decode_service: {token_parallel_size: 0}",

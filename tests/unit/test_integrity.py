@@ -1,4 +1,7 @@
-"""A wire that damages, cuts, repeats and reorders: nothing of that is served, all of it is counted, nothing is left."""
+"""A wire that damages, cuts, repeats and reorders: nothing of that is served, all of it is counted, nothing is left.
+
+Whether payloads reach their blocks through staging memory, in place, or now this way and now that.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,15 @@ import asyncio
 import itertools
 import random
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.unit.memory_wire import Cache, MemoryWorker, OwningEnd, SendingEnd
-from tokenmesh.kv import wire
+from tests.unit.memory_wire import Cache, MemoryWorker, OwningEnd, SendingEnd, receive_in_place
+from tokenmesh.kv import receiver
 from tokenmesh.kv.geometry import BlockGeometry
 from tokenmesh.kv.messages import Commit, Destination, Push, SendDone, Settled
 from tokenmesh.kv.ucx import UcxEndpoint, UcxWorker
@@ -50,7 +54,7 @@ def flip_header(rng: random.Random, this: Message, then: Message) -> Parts:
 
 
 def cut_payload(rng: random.Random, this: Message, then: Message) -> Parts:
-    return whole((this[0], this[1][: rng.randrange(CHUNK)]), then)
+    return whole((this[0], this[1][: rng.randrange(len(this[1]))]), then)
 
 
 def cut_header(rng: random.Random, this: Message, then: Message) -> Parts:
@@ -58,7 +62,7 @@ def cut_header(rng: random.Random, this: Message, then: Message) -> Parts:
 
 
 def grow_payload(rng: random.Random, this: Message, then: Message) -> Parts:
-    return whole((this[0], np.concatenate([this[1], this[1][: rng.randrange(1, CHUNK)]])), then)
+    return whole((this[0], np.concatenate([this[1], this[1][: rng.randrange(1, len(this[1]))]])), then)
 
 
 def repeat(rng: random.Random, this: Message, then: Message) -> Parts:
@@ -130,6 +134,7 @@ class FaultyEndpoint:
         elif len(self._pending) == 2:
             fault, self._arming.armed = self._arming.armed, None
             self._submit(fault(self._arming.rng, self._pending[0][0], self._pending[1][0]))
+            self._arming.struck.set()
         return done
 
     def _submit(self, parts: Parts) -> None:
@@ -157,57 +162,85 @@ class Arming:
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
         self.armed: Fault | None = None
+        self.struck = asyncio.Event()
+
+
+@dataclass(frozen=True)
+class Path:
+    """How payloads reach their blocks: whether owners receive in place what lies in one piece, and what does."""
+
+    name: str
+    in_place: bool
+    target: list[int]
+    size: int = SIZE
+
+    @property
+    def geometry(self) -> BlockGeometry:
+        """Of blocks of that size."""
+        return BlockGeometry(LAYERS, 1, 16, self.size // 64, "float32", self.size, "test")
+
+
+STAGED = Path("staged", False, TARGET)
+IN_PLACE = Path("in place", True, [8, 9, 2, 3])
+BOTH = Path("both", True, TARGET)
+# As large as what is received in place outside of tests.
+LARGE = [replace(path, size=receiver.DIRECT_BYTES // 2) for path in (IN_PLACE, BOTH)]
 
 
 class Link:
     """A sender and an owner, and the wire between them."""
 
-    def __init__(self, worker: UcxWorker | MemoryWorker) -> None:
+    def __init__(self, worker: UcxWorker | MemoryWorker, path: Path) -> None:
         self.arming = Arming(11)
-        self.sending = SendingEnd(worker, Cache(GEOMETRY, BLOCKS), CHUNK, lambda e: FaultyEndpoint(e, self.arming))
-        self.owning = OwningEnd(worker, Cache(GEOMETRY, BLOCKS), CHUNK)
+        self.target = path.target
+        source, target, chunk = Cache(path.geometry, BLOCKS), Cache(path.geometry, BLOCKS), 2 * path.size
+        self.sending = SendingEnd(worker, source, chunk, lambda e: FaultyEndpoint(e, self.arming))
+        self.owning = OwningEnd(worker, target, chunk)
         self.tickets = (number.to_bytes(16, "big") for number in itertools.count(1))
         self.sending.cache.data[:] = np.random.default_rng(5).integers(1, 256, self.sending.cache.data.shape)
 
     @property
     def arrived(self) -> bool:
         """The target's blocks are those of the source."""
-        return bool((self.owning.cache.data[:, TARGET] == self.sending.cache.data[:, SOURCE]).all())
+        return bool((self.owning.cache.data[:, self.target] == self.sending.cache.data[:, SOURCE]).all())
 
     async def transfer(self, fault: Fault | None) -> tuple[SendDone, Settled]:
         """One transfer with one fault, settled the moment the sender has its answer."""
         ticket, sender = next(self.tickets), self.sending.sender
         self.owning.cache.data[:] = 0
         self.arming.armed = fault
-        self.owning.expect(ticket, TARGET)
+        self.arming.struck.clear()
+        self.owning.expect(ticket, self.target)
         sender.start(ticket, [Destination(*self.owning.address)])
         for layer in range(LAYERS):
             sender.add(Push(ticket, layer, 0, SOURCE))
         sender.add(Commit(ticket))
+        if fault is not None:
+            # Until then the sender may have to connect anew.
+            await asyncio.wait_for(self.arming.struck.wait(), 20)
         try:
             done = await self.sending.done(0.3 if fault in STALLING else 20)
         except TimeoutError:
             # The deadline of the call that asked for the transfer.
             sender.cancel(ticket)
             done = await self.sending.done()
-        assert self.arming.armed is None
-        return done, self.owning.settle(ticket)
+        return done, await self.owning.settle(ticket)
 
 
 @asynccontextmanager
-async def link(kind: type[UcxWorker] | type[MemoryWorker]) -> AsyncIterator[Link]:
-    """Ends by proving that nothing is left."""
+async def link(kind: type[UcxWorker] | type[MemoryWorker], path: Path) -> AsyncIterator[Link]:
+    """Ends by proving that nothing is left, and that payloads came the way they should."""
     worker = kind()
-    made = Link(worker)
-    try:
+    with pytest.MonkeyPatch.context() as patch, closing(worker):
+        claims = receive_in_place(patch, 2 * path.size if path.in_place else None)
+        made = Link(worker, path)
         yield made
-    finally:
         await made.sending.close()
         async with asyncio.timeout(10):
             # The owner hears of the closed connection a moment later.
             while not made.owning.idle():  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
-        worker.close()
+    assert (claims[True] > 0) == path.in_place
 
 
 async def inject(at: Link, fault: Fault, times: int, reason: str) -> None:
@@ -222,7 +255,7 @@ async def inject(at: Link, fault: Fault, times: int, reason: str) -> None:
         assert settled.complete == (reason in ("", "duplicate"))
         assert settled.complete or done.error
         # (3) Blocks that are not the ticket's are never touched.
-        others = [block for block in range(BLOCKS) if block not in TARGET]
+        others = [block for block in range(BLOCKS) if block not in at.target]
         assert not at.owning.cache.data[:, others].any()
         for name, number in settled.dropped.items():
             counted[name] = counted.get(name, 0) + number
@@ -245,141 +278,15 @@ async def healthy(at: Link) -> Settled:
     return settled if settled.complete else (await at.transfer(None))[1]
 
 
+@pytest.mark.parametrize("path", [STAGED, IN_PLACE, BOTH], ids=lambda path: path.name)
 @pytest.mark.parametrize(("fault", "times", "reason"), FAULTS, ids=[f[0].__name__ for f in FAULTS])
-async def test_ten_thousand_faults(fault: Fault, times: int, reason: str) -> None:
-    async with link(MemoryWorker) as at:
+async def test_ten_thousand_faults(fault: Fault, times: int, reason: str, path: Path) -> None:
+    async with link(MemoryWorker, path) as at:
         await inject(at, fault, times, reason)
 
 
+@pytest.mark.parametrize("path", [STAGED, *LARGE], ids=lambda path: path.name)
 @pytest.mark.parametrize(("fault", "times", "reason"), FAULTS, ids=[f[0].__name__ for f in FAULTS])
-async def test_the_same_over_ucx(fault: Fault, times: int, reason: str) -> None:
-    async with link(UcxWorker) as at:
+async def test_the_same_over_ucx(fault: Fault, times: int, reason: str, path: Path) -> None:
+    async with link(UcxWorker, path) as at:
         await inject(at, fault, min(20, times), reason)
-
-
-class HoldingEndpoint:
-    """A sender's endpoint that keeps the last message of a ticket back until it is told to let go."""
-
-    def __init__(self, inner: UcxEndpoint, ticket: bytes, payload_only: bool) -> None:
-        self._inner = inner
-        self._ticket = ticket
-        self._kept = (PAYLOAD_CHANNEL,) if payload_only else (HEADER_CHANNEL, PAYLOAD_CHANNEL)
-        self.transport = inner.transport
-        self._holding = False
-        self.held: list[tuple[np.ndarray, int, asyncio.Future[None]]] = []
-
-    def send(self, buffer: np.ndarray, channel: int, bulk: bool = False) -> asyncio.Future[None]:
-        if channel == HEADER_CHANNEL:
-            header = Header.from_buffer(buffer)
-            last = header.kind is Kind.DATA and header.layer == LAYERS - 1 and header.first == 2
-            self._holding = last and header.transfer_id == self._ticket
-        if not self._holding or channel not in self._kept:
-            return self._inner.send(buffer, channel, bulk)
-        self.held.append((buffer, channel, asyncio.get_running_loop().create_future()))
-        return self.held[-1][2]
-
-    async def let_go(self) -> None:
-        for buffer, channel, future in self.held:
-            await self._inner.send(buffer, channel, channel == PAYLOAD_CHANNEL)
-            future.set_result(None)
-
-    def recv(self, buffer: np.ndarray, channel: int, bulk: bool = False) -> asyncio.Future[None]:
-        return self._inner.recv(buffer, channel, bulk)
-
-    def close(self) -> None:
-        self._inner.close()
-
-
-@pytest.mark.parametrize("kind", [MemoryWorker, UcxWorker])
-@pytest.mark.parametrize("payload_only", [False, True], ids=["message", "payload"])
-async def test_a_delayed_sender_cannot_write_into_reused_blocks(
-    kind: type[UcxWorker] | type[MemoryWorker], payload_only: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(wire, "STALL_S", 20.0)
-    worker = kind()
-    late, soon, wires = b"l" * 16, b"s" * 16, []
-
-    def slow(endpoint: Any) -> Any:
-        wires.append(HoldingEndpoint(endpoint, late, payload_only))
-        return wires[-1]
-
-    slow_end = SendingEnd(worker, Cache(GEOMETRY, BLOCKS), CHUNK, slow)
-    quick_end = SendingEnd(worker, Cache(GEOMETRY, BLOCKS), CHUNK)
-    owning = OwningEnd(worker, Cache(GEOMETRY, BLOCKS), CHUNK)
-    slow_end.cache.data[:], quick_end.cache.data[:] = 1, 2
-
-    def start(end: SendingEnd, ticket: bytes) -> None:
-        owning.expect(ticket, TARGET)
-        end.sender.start(ticket, [Destination(*owning.address)])
-        for layer in range(LAYERS):
-            end.sender.add(Push(ticket, layer, 0, SOURCE))
-        end.sender.add(Commit(ticket))
-
-    # (1) All but one message of a transfer have come when its time is up: the ticket is closed.
-    start(slow_end, late)
-    async with asyncio.timeout(20):
-        while not (owning.cache.data[LAYERS - 1, TARGET[:2]] == 1).all():  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
-    assert owning.settle(late).error == "2 of 12 block layers did not arrive"
-    # (2) Its blocks are given to another request, whose KV comes from elsewhere.
-    start(quick_end, soon)
-    assert (await quick_end.done()).error == ""
-    assert owning.settle(soon).complete
-    # (3) Now the late message arrives, and is counted.
-    assert len(wires[0].held) == 2 - payload_only
-    await wires[0].let_go()
-    assert "refused" in (await slow_end.done()).error
-    assert owning.receiver.counts["stray"] == 1
-    # (4) Not a byte has changed, and nothing is left.
-    assert (owning.cache.data[:, TARGET] == 2).all()
-    await slow_end.close()
-    await quick_end.close()
-    async with asyncio.timeout(10):
-        while not owning.idle():  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
-    worker.close()
-
-
-async def test_a_sender_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wire, "STALL_S", 0.2)
-    worker = MemoryWorker()
-    owning = OwningEnd(worker, Cache(GEOMETRY, BLOCKS), CHUNK)
-    # (1) A header, and then nothing: it has a staging buffer of the owner's.
-    endpoint = await worker.connect("", owning.address[1])
-    owning.expect(b"h" * 16, TARGET)
-    header = Header(Kind.DATA, b"h" * 16, 0, 0, 0, 1, SIZE).sealed(np.zeros(SIZE, dtype=np.uint8))
-    await endpoint.send(header.to_buffer(), HEADER_CHANNEL)
-    await asyncio.sleep(0.05)
-    assert not owning.idle()
-    # (2) The owner gives it up, and has its buffer back.
-    await asyncio.sleep(0.4)
-    assert owning.settle(b"h" * 16).dropped == {"stalled": 1}
-    assert owning.idle()
-    worker.close()
-
-
-async def test_an_owner_that_hangs_lets_go_of_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wire, "STALL_S", 0.2)
-    worker = MemoryWorker()
-
-    async def hang(endpoint: Any) -> None:
-        for _ in range(3):
-            # The probe.
-            await endpoint.recv(np.zeros(HEADER_BYTES, dtype=np.uint8), HEADER_CHANNEL)
-            await endpoint.recv(np.zeros(4096, dtype=np.uint8), PAYLOAD_CHANNEL)
-        await asyncio.sleep(60)
-
-    sending = SendingEnd(worker, Cache(GEOMETRY, BLOCKS), CHUNK)
-    sending.sender.start(b"h" * 16, [Destination("", worker.listen(0, hang))])
-    sending.sender.add(Push(b"h" * 16, 0, 0, SOURCE))
-    sending.sender.add(Commit(b"h" * 16))
-    await asyncio.sleep(0.1)
-    # (1) The call is cancelled, twice, as engine and service do: that alone does not free what UCX may be reading.
-    sending.sender.cancel(b"h" * 16)
-    sending.sender.cancel(b"h" * 16)
-    with pytest.raises(TimeoutError):
-        await sending.done(0.05)
-    # (2) The connection is given up, and with it the blocks are free.
-    assert (await sending.done()).error == "cancelled"
-    await sending.close()
-    worker.close()

@@ -45,7 +45,7 @@ class Engine:
         self.scheduler.allocated(self.request, None, 0)  # type: ignore[arg-type]
         self._new = True
 
-    def step(self, computed: int, scheduled: int) -> ProducerPlan:
+    def step(self, computed: int, scheduled: int, preempted: bool = False) -> ProducerPlan:
         new = [SimpleNamespace(req_id="r", num_computed_tokens=computed)] if self._new and scheduled else []
         old = scheduled and not self._new
         output: Any = SimpleNamespace(
@@ -55,6 +55,7 @@ class Engine:
             ),
             num_scheduled_tokens={"r": scheduled} if scheduled else {},
             total_num_scheduled_tokens=scheduled,
+            preempted_req_ids={"r"} if preempted else None,
         )
         self._new = self._new and not scheduled
         return self.scheduler.plan_step(output)
@@ -146,3 +147,21 @@ def test_block_counts_are_reported_when_they_change(monkeypatch: pytest.MonkeyPa
     engine.manager.block_pool.get_num_free_blocks = lambda: 64
     engine.scheduler.report_counts()
     assert engine.sent[-1] == EngineCounts(blocks_total=64, blocks_free=64)
+
+
+def test_a_preempted_prompt_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(monkeypatch, prompt=600)
+    # (1) Its first chunk is under way when its blocks are given to somebody else.
+    assert engine.push(0, 256).opening
+    assert engine.step(0, 0, preempted=True).cancelled == [TICKET]
+    # (2) It computes on, but nothing more is sent, and its blocks are freed when the mover has let go of them.
+    assert engine.step(0, 600).pushes == []
+    assert engine.scheduler.finished(engine.request)
+    plan = engine.step(0, 0)
+    assert (plan.released, plan.cancelled) == ([(TICKET, "r")], [])
+
+
+def test_a_prompt_preempted_before_it_began_is_sent_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(monkeypatch, prompt=300)
+    assert engine.step(0, 0, preempted=True).cancelled == []
+    assert engine.push(0, 300).last

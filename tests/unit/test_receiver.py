@@ -32,7 +32,7 @@ class Owner:
         return self.data.reshape(LAYERS, BLOCKS, SIZE)[layer, block]
 
     def deliver(self, header: Header, payload: np.ndarray) -> None:
-        self.receiver._apply(header, payload, "test")
+        self.receiver._apply(header, payload, "test", payload)
 
     def settle(self, transfer_id: bytes = TICKET) -> Settled:
         self.receiver.settle(transfer_id)
@@ -152,3 +152,17 @@ def test_settling_twice_reports_an_unknown_ticket(owner: Owner) -> None:
     owner.settle()
     assert owner.settle().error == "unknown transfer"
     assert owner.receiver.open == 0
+
+
+def test_what_was_dropped_is_told_once(owner: Owner) -> None:
+    # (1) A stranger's message and a repeat; both are told with the next ticket that is settled, ...
+    first = everything()[0]
+    for header, payload in (first, first, message(0, 0, 2, transfer_id=b"x" * 16)):
+        owner.deliver(header, payload)
+    settled = owner.settle()
+    assert settled.dropped == {"duplicate": 1, "stray": 1}
+    assert settled.bad_messages == 1
+    # (2) ... and not again.
+    owner.deliver(*first)
+    assert owner.settle(b"y" * 16).dropped == {"stray": 1}
+    assert owner.settle(b"y" * 16).dropped == {}

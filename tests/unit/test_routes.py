@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.unit.memory_wire import Cache, MemoryWorker, OwningEnd, SendingEnd
+from tests.unit.memory_wire import Cache, MemoryWorker, OwningEnd, SendingEnd, receive_in_place
 from tokenmesh.kv.geometry import BlockGeometry, GeometryMismatchError
 from tokenmesh.kv.messages import Commit, Destination, Push
 from tokenmesh.kv.routes import Route, check_routes, plan_routes, shard_heads
@@ -19,7 +19,7 @@ from tokenmesh.kv.ucx import UcxWorker
 
 LAYERS, BLOCKS, TOKENS, HEAD = 2, 12, 8, 4
 HEAD_BYTES = 2 * TOKENS * HEAD * 2
-SOURCE, TARGET = [3, 4, 9, 1, 7], [0, 5, 6, 2, 11]
+SOURCE, TARGET = [3, 4, 9, 1, 7], [5, 6, 0, 2, 11]
 TICKET = b"t" * 16
 
 
@@ -93,22 +93,26 @@ class Side:
             self.heads(shard)[:] = whole[:, :, list(shard_heads(self.total, len(self.caches), shard))]
 
 
-async def exchange(worker: UcxWorker | MemoryWorker, total: int, senders: int, owners: int) -> None:
+async def exchange(
+    worker: UcxWorker | MemoryWorker, total: int, senders: int, owners: int, codec: str = "none", large: bool = True
+) -> None:
     # (1) A model's KV, spread over the sender's shards.
     whole = np.random.default_rng(7).integers(1, 256, (LAYERS, BLOCKS, total, HEAD_BYTES), dtype=np.uint8)
+    # Numbers of about one size, so that there is something to compress.
+    whole[..., 1::2] = 0x3F
     source, target = Side(total, senders), Side(total, owners)
     source.fill(whole)
-    # Two blocks of the largest shard in a message, so that all are cut.
-    chunk = 2 * HEAD_BYTES * max(len(shard_heads(total, n, 0)) for n in (senders, owners))
+    # Two blocks of the largest shard in a message, so that all are cut; or as few of the sender's as it can send.
+    chunk = 2 * HEAD_BYTES * max(len(shard_heads(total, n, 0)) for n in (senders, owners)) if large else HEAD_BYTES
     sending = [SendingEnd(worker, cache, chunk) for cache in source.caches]
     owning = [OwningEnd(worker, cache, chunk, shard) for shard, cache in enumerate(target.caches)]
     # (2) Every shard sends what the plan says, in two pushes a layer as chunked prefill does.
     for end in owning:
-        end.expect(TICKET, TARGET)
-    routes = check_routes(total, source.caches[0].geometry, senders, target.caches[0].geometry, owners)
+        end.expect(TICKET, TARGET, codec)
+    routes = check_routes(total, source.caches[0].geometry, senders, target.caches[0].geometry, owners, codec)
     for end, ways in zip(sending, routes, strict=True):
         there = [Destination(*owning[way.owner].address, way.source, way.target, way.heads) for way in ways]
-        end.sender.start(TICKET, there)
+        end.sender.start(TICKET, there, codec)
         for first, blocks in ((0, SOURCE[:2]), (2, SOURCE[2:])):
             for layer in range(LAYERS):
                 end.sender.add(Push(TICKET, layer, first, blocks))
@@ -121,14 +125,15 @@ async def exchange(worker: UcxWorker | MemoryWorker, total: int, senders: int, o
     moved[:, TARGET] = whole[:, SOURCE]
     expected.fill(moved)
     for shard, end in enumerate(owning):
-        settled = end.settle(TICKET)
+        settled = await end.settle(TICKET)
         assert settled.complete
         assert settled.block_layers == LAYERS * len(SOURCE)
         assert (target.heads(shard) == expected.heads(shard)).all()
     # (4) Each byte travelled once, and nothing is left.
     sent = sum(report.nbytes for report in done)
     assert sent == sum(end.reports[0].nbytes for end in owning)
-    assert sent == owners * LAYERS * len(SOURCE) * target.caches[0].geometry.block_bytes
+    in_cache = owners * LAYERS * len(SOURCE) * target.caches[0].geometry.block_bytes
+    assert sent == in_cache if codec == "none" else sent < in_cache
     for end in sending:
         await end.close()
     async with asyncio.timeout(10):
@@ -148,11 +153,35 @@ async def test_blocks_arrive(total: int, senders: int, owners: int) -> None:
     worker.close()
 
 
-@pytest.mark.parametrize(("senders", "owners"), [(1, 3), (3, 1)])
-async def test_the_same_over_ucx(senders: int, owners: int) -> None:
-    worker = UcxWorker()
-    await exchange(worker, 3, senders, owners)
+@pytest.mark.parametrize(("senders", "owners"), [(1, 3), (3, 1), (2, 3)])
+async def test_heads_are_cut_under_a_codec_too(senders: int, owners: int) -> None:
+    worker = MemoryWorker()
+    await exchange(worker, 6, senders, owners, "lossless")
     worker.close()
+
+
+@pytest.mark.parametrize(("total", "senders", "owners"), CASES)
+async def test_heads_are_received_in_place(
+    total: int, senders: int, owners: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claims = receive_in_place(monkeypatch, 0)
+    worker = MemoryWorker()
+    # Heads of one block lie next to each other at any owner.
+    await exchange(worker, total, senders, owners, large=False)
+    worker.close()
+    assert claims[True] > 0
+
+
+@pytest.mark.parametrize("smallest", [None, 0], ids=["staged", "in place"])
+@pytest.mark.parametrize(("senders", "owners"), [(1, 3), (3, 1)])
+async def test_the_same_over_ucx(
+    senders: int, owners: int, smallest: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claims = receive_in_place(monkeypatch, smallest)
+    worker = UcxWorker()
+    await exchange(worker, 3, senders, owners, large=False)
+    worker.close()
+    assert (claims[True] > 0) == (smallest == 0)
 
 
 async def test_one_shard_that_fails_spoils_the_transfer() -> None:
@@ -172,7 +201,7 @@ async def test_one_shard_that_fails_spoils_the_transfer() -> None:
         # (2) The others are told that their own part is complete, ...
         assert (await end.done()).error == ""
     # (3) ... and the owner, that the whole is not.
-    settled = owning.settle(TICKET)
+    settled = await owning.settle(TICKET)
     assert settled.error == f"{LAYERS * len(SOURCE)} of {LAYERS * len(SOURCE)} block layers did not arrive"
     for end in sending:
         await end.close()

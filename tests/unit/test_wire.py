@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tokenmesh.kv.checksum import SLICE_BYTES, checksum
 from tokenmesh.kv.wire import HEADER_BYTES, Header, Kind, WireError
 
 headers = st.builds(
@@ -58,3 +61,26 @@ def test_a_payload_cannot_move_under_another_header(one: Header, other: Header, 
 def test_noise_is_no_header(noise: bytes) -> None:
     with pytest.raises(WireError):
         Header.from_buffer(np.frombuffer(bytearray(b"\0\0\0\0" + noise[4:]), dtype=np.uint8))
+
+
+async def test_a_checksum_in_slices_is_the_same_as_in_one_go() -> None:
+    random = np.random.default_rng(2)
+    for size in (1, SLICE_BYTES - 1, SLICE_BYTES, SLICE_BYTES + 1, 3 * SLICE_BYTES):
+        payload = random.integers(0, 256, size, dtype=np.uint8)
+        header = Header(Kind.DATA, b"t" * 16, 1, 2, 3, 4, size)
+        assert await checksum(payload, header.seed) == header.sealed(payload).checksum
+
+
+async def test_others_have_a_turn_between_slices() -> None:
+    turns = 0
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    counting = asyncio.create_task(count())
+    await checksum(np.zeros(8 * SLICE_BYTES, dtype=np.uint8), 0)
+    counting.cancel()
+    assert turns >= 7

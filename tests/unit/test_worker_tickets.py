@@ -12,6 +12,7 @@ from tests.unit.test_worker_service import ROOM, TICKET, Worker, refused
 from tokenmesh.config import DecodeWorkerConfig
 from tokenmesh.kv.messages import NOT_OPEN, CloseShard, Expect, OpenShard, Settle, ShardClosed, ZeroShard
 from tokenmesh.rpc.errors import Reason
+from tokenmesh.v1 import kv_pb2
 
 pytestmark = pytest.mark.timeout(30)
 
@@ -43,6 +44,16 @@ async def test_a_ticket_is_opened_and_settled_on_every_shard(worker: Worker) -> 
     reply = await worker.call("SettleKv", decode_root_id="root", transfer_id=TICKET)
     assert not reply.complete
     assert "did not arrive" in reply.error
+    await worker.nothing_is_left()
+
+
+async def test_a_ticket_says_how_payloads_may_be_encoded(worker: Worker) -> None:
+    ticket = {"decode_root_id": "root", "transfer_id": TICKET, "block_ids": [1]}
+    await worker.call("ExpectKv", **ticket, codec=kv_pb2.KV_CODEC_FP8)
+    assert worker.shards.told(Expect)[-1][1] == Expect(TICKET, [1], "fp8")
+    await worker.call("SettleKv", decode_root_id="root", transfer_id=TICKET)
+    # One that this worker does not know is refused, and opens nothing.
+    await refused(worker.call("ExpectKv", **ticket, codec=99), "INVALID_ARGUMENT", Reason.BAD_TARGET)
     await worker.nothing_is_left()
 
 

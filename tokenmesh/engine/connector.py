@@ -73,7 +73,7 @@ class TokenParallelKVConnector(KVConnectorBase_V1):
 
     @property
     def requires_kv_delivery(self) -> bool:
-        """False: a transfer that a preemption spoils fails its checksum, and the owner recomputes."""
+        """False: the transfer of a prompt that is preempted is given up, and the owner recomputes."""
         return False
 
     # Scheduler side.

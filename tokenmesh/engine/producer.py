@@ -31,6 +31,7 @@ class StepPush(msgspec.Struct, frozen=True):
     transfer_id: bytes
     destinations: list[list[Destination]]
     """Per tensor-parallel shard."""
+    codec: str
     opening: bool
     """The first push of this transfer."""
     ready: list[int]
@@ -91,6 +92,8 @@ class ProducerScheduler:
 
     def plan_step(self, output: SchedulerOutput) -> ProducerPlan:
         """The pushes of this step; hands over what `finished` noted since the last one."""
+        for req_id in output.preempted_req_ids or ():
+            self._give_up(req_id)
         for new in output.scheduled_new_reqs:
             self._plan_request(new.req_id, new.num_computed_tokens, output)
         cached = output.scheduled_cached_reqs
@@ -119,6 +122,7 @@ class ProducerScheduler:
             StepPush(
                 target.transfer_id,
                 target.destinations,
+                target.codec,
                 not sending.opened,
                 blocks[first:ready_stop],
                 first - start_block,
@@ -128,6 +132,13 @@ class ProducerScheduler:
             )
         )
         sending.opened, sending.pushed, sending.done = True, stop, last
+
+    def _give_up(self, req_id: str) -> None:
+        """Stops the transfer of a request that was preempted: its blocks go to others, perhaps before they are read."""
+        sending = self._sending.get(req_id)
+        if sending is not None and sending.opened:
+            sending.done = True
+            self._plan.cancelled.append(sending.target.transfer_id)
 
     def finished(self, request: Request) -> bool:
         """Whether the request's blocks must outlive it, because the mover reads them."""
@@ -187,7 +198,7 @@ class ProducerWorker:
         for push in plan.pushes:
             if push.opening:
                 self._open.add(push.transfer_id)
-                self.kv.command(OpenSend(push.transfer_id, push.destinations[self._shard]))
+                self.kv.command(OpenSend(push.transfer_id, push.destinations[self._shard], push.codec))
             if push.ready:
                 for layer in range(self.kv.geometry.layers):
                     self.kv.command(Push(push.transfer_id, layer, push.ready_first, push.ready))

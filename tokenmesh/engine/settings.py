@@ -62,6 +62,7 @@ class SendTo(msgspec.Struct, frozen=True):
     """Where each of our tensor-parallel shards sends which of its heads."""
     start_token: int
     num_blocks: int
+    codec: str = "none"
 
     KEY = "tokenmesh_send"
 

@@ -37,11 +37,15 @@ class BlockGeometry(msgspec.Struct, frozen=True):
         """Bytes of one head of one block."""
         return self.block_bytes // self.kv_heads
 
-    def check_reaches(self, owner: BlockGeometry) -> None:
-        """Raises GeometryMismatchError unless heads of our blocks can be copied byte by byte into the owner's."""
+    def check_reaches(self, owner: BlockGeometry, bridged: bool = False) -> None:
+        """Raises GeometryMismatchError unless heads of our blocks can be copied byte by byte into the owner's.
+
+        `bridged`: element by element, as their types may differ.
+        """
         if owner.kv_heads < 1 or owner.block_bytes % owner.kv_heads:
             raise GeometryMismatchError(f"{owner.kv_heads} KV heads do not fit a block of {owner.block_bytes} bytes")
-        for field in ("layers", "head_size", "block_size", "dtype", "packing", "head_bytes"):
+        types = () if bridged else ("dtype", "head_bytes")
+        for field in ("layers", "head_size", "block_size", *types, "packing"):
             mine, theirs = getattr(self, field), getattr(owner, field)
             if mine != theirs:
                 hint = ""

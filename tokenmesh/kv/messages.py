@@ -32,6 +32,7 @@ class OpenSend(msgspec.Struct, frozen=True, tag=True, gc=False):
 
     transfer_id: bytes
     destinations: list[Destination]
+    codec: str = "none"
 
 
 class Push(msgspec.Struct, frozen=True, tag=True, gc=False):
@@ -67,6 +68,8 @@ class Expect(msgspec.Struct, frozen=True, tag=True, gc=False):
 
     transfer_id: bytes
     blocks: list[int]
+    codec: str = "none"
+    """How payloads may be encoded; as cached is always accepted."""
 
 
 class Relay(msgspec.Struct, frozen=True, tag=True, gc=False):

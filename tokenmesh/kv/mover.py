@@ -127,8 +127,8 @@ def _dispatch(message: ToMover, sender: Sender, receiver: Receiver, relays: Rela
     match message:
         case Push() | Commit():
             sender.add(message)
-        case OpenSend(transfer_id, destinations):
-            sender.start(transfer_id, destinations)
+        case OpenSend(transfer_id, destinations, codec):
+            sender.start(transfer_id, destinations, codec)
         case CancelSend(transfer_id):
             sender.cancel(transfer_id)
         case Expect():

@@ -1,8 +1,10 @@
 """The receiving half of a mover: lets ticket holders write blocks, checks what they write, and says so.
 
-A payload is received into staging memory and copied into its blocks only while its ticket is open. That copy runs to
-its end within one turn of the event loop, and so does settling: a late or repeated message cannot touch a block that
-was given to somebody else, whatever the sender does.
+A late or repeated message cannot touch a block that was given to somebody else, whatever the sender does. Where this
+process itself copies what arrives (see `DIRECT`), a payload is received in place: into blocks of an open ticket, each
+of them once. A ticket with such a receive is settled when UCX has let go of the blocks, for which its sender's endpoint
+is closed if need be. Everything else is received into staging memory and copied while the ticket is open, within one
+turn of the event loop, and so is settling.
 
 Headers and payloads are matched by their order. Where that may be lost (a damaged header, a payload of another length,
 wrong checksums in transfer after transfer) the endpoint is closed: its transfers fail, and the sender connects anew.
@@ -12,43 +14,38 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import structlog
 
 from tokenmesh.kv import wire
+from tokenmesh.kv.checksum import checksum
+from tokenmesh.kv.codecs import NAMES, CodecError, make_codec
 from tokenmesh.kv.memory import Buffer, Heads, KvMemory
 from tokenmesh.kv.messages import Expect, Settled
 from tokenmesh.kv.relay import Relays
-from tokenmesh.kv.stopwatch import Stopwatch
+from tokenmesh.kv.ticket import Ticket
 from tokenmesh.kv.ucx import TooLongError, UcxEndpoint, UcxError
 from tokenmesh.kv.wire import HEADER_BYTES, HEADER_CHANNEL, PAYLOAD_CHANNEL, PROBE_ID, Header, Kind, WireError
 
 log = structlog.get_logger()
 
 
-class _Ticket:
-    """Blocks that one transfer may write once."""
+DIRECT = frozenset(("sysv", "posix", "tcp"))
+"""Transports with which only progress of the receiver's own worker writes into a posted buffer, so that nothing does
+once the endpoint is closed. Others let the sender, or a device on its behalf, write by itself."""
 
-    def __init__(self, blocks: list[int], layers: int, heads: int) -> None:
-        self.blocks = np.array(blocks, dtype=np.int64)
-        self.missing = np.ones((layers, len(blocks), heads), dtype=bool)
-        self.bytes = 0
-        self.bad = 0
-        self.error = ""
-        self.wire = Stopwatch()
-        self.transport = ""
+DIRECT_BYTES = 512 << 10
+"""Smaller payloads are staged, which costs little while they fit into a core's cache. UCX must send by rendezvous what
+is received in place: parts of an eager message may be taken in even when its endpoint is closed."""
 
-    @property
-    def complete(self) -> bool:
-        return not self.error and not self.missing.any()
-
-    def has(self, heads: Heads) -> bool:
-        """Whether these heads of every block are here."""
-        return not self.error and not self.missing[:, :, heads.first : heads.first + heads.count].any()
+LET_GO_S = 1.0
+"""How long settling waits for payloads that are on their way before it closes their endpoints; then again for UCX."""
 
 
 class _Inlet:
@@ -61,10 +58,11 @@ class _Inlet:
         self.spoiled: set[bytes] = set()
         """Transfers with a wrong checksum since the last right one."""
 
-    def start(self, tasks: set[asyncio.Task[None]], work: Coroutine[Any, Any, None]) -> None:
+    def start(self, tasks: set[asyncio.Task[None]], work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         tasks.add(task)
         task.add_done_callback(tasks.discard)
+        return task
 
     def judge(self, transfer_id: bytes, reason: str) -> None:
         """Closes the endpoint if what came shows that headers and payloads no longer belong together."""
@@ -94,11 +92,13 @@ class Receiver:
         self._shard = shard
         self._memory = memory
         self._report = report
-        self._tickets: dict[bytes, _Ticket] = {}
+        self._tickets: dict[bytes, Ticket] = {}
         self.counts: Counter[str] = Counter()
-        """Dropped messages by reason: stray, duplicate, corrupt, out_of_range, too_long, stalled, bad_header."""
+        """Dropped messages by reason: stray, probe, duplicate, corrupt, out_of_range, undecodable, too_long, stalled,
+        bad_header."""
         self._told: Counter[str] = Counter()
-        # Chunks are cut by the sender at its own block count, but never above the larger of these two.
+        self._settling: set[asyncio.Task[None]] = set()
+        # What a message may have, and staging memory be used for, without a ticket.
         self._limit = max(chunk_bytes, memory.geometry.block_bytes, 4 << 20)
         self._staging: asyncio.Queue[Buffer] = asyncio.Queue()
         for _ in range(window):
@@ -107,22 +107,42 @@ class Receiver:
     @property
     def open(self) -> int:
         """Tickets not yet settled."""
-        return len(self._tickets)
+        return len(self._tickets) + len(self._settling)
 
     def expect(self, message: Expect) -> None:
         """Opens a ticket."""
         geometry = self._memory.geometry
-        self._tickets[message.transfer_id] = _Ticket(message.blocks, geometry.layers, geometry.kv_heads)
+        self._tickets[message.transfer_id] = Ticket(message.blocks, geometry.layers, geometry.kv_heads, message.codec)
 
     def settle(self, transfer_id: bytes) -> None:
-        """Closes a ticket and reports it; from here on its blocks are not written."""
+        """Closes a ticket, and reports it as soon as nothing writes its blocks any more."""
         self._relays.close(transfer_id)
         ticket = self._tickets.pop(transfer_id, None)
         if ticket is None:
             self._report(
                 Settled(transfer_id, self._shard, False, "unknown transfer", 0, 0, 0.0, "", 0, self._dropped())
             )
-            return
+        elif ticket.writes:
+            task = asyncio.create_task(self._settle_later(transfer_id, ticket))
+            self._settling.add(task)
+            task.add_done_callback(self._settling.discard)
+        else:
+            self._report_settled(transfer_id, ticket)
+
+    async def _settle_later(self, transfer_id: bytes, ticket: Ticket) -> None:
+        _, late = await asyncio.wait(ticket.writes, timeout=LET_GO_S)
+        for endpoint in {ticket.writes[write] for write in late if write in ticket.writes}:
+            log.warning("kv sender stopped within a message", transport=endpoint.transport)
+            endpoint.close()
+        if late:
+            _, stuck = await asyncio.wait(late, timeout=LET_GO_S)
+            if stuck:
+                # The service takes a mover that is silent for dead and uses the blocks again: so it must be.
+                log.critical("UCX does not let go of KV blocks")
+                os._exit(1)
+        self._report_settled(transfer_id, ticket)
+
+    def _report_settled(self, transfer_id: bytes, ticket: Ticket) -> None:
         error = ticket.error
         missing = ticket.missing.any(axis=2)
         if not error and missing.any():
@@ -170,10 +190,22 @@ class Receiver:
     async def _take(self, header: Header, inlet: _Inlet) -> None:
         """Handles one header; for DATA submits the receive of what follows it. Raises WireError."""
         if header.kind is Kind.DATA:
-            if not 0 < header.length <= self._limit:
+            known = header.transfer_id in self._tickets or header.transfer_id in self._relays
+            if not 0 < header.length <= (wire.LARGEST_PAYLOAD if known else self._limit):
                 raise WireError(f"payload of {header.length} bytes")
+            ticket = self._tickets.get(header.transfer_id)
+            place = self._claim(header, ticket, inlet.endpoint.transport) if ticket is not None else None
+            # Either way submitted here: payloads must be received in the order of their headers.
+            if ticket is not None and place is not None:
+                received = inlet.endpoint.recv(place, PAYLOAD_CHANNEL, bulk=True)
+                task = inlet.start(inlet.applied, self._receive_in_place(received, header, place, ticket, inlet))
+                ticket.writes[task] = inlet.endpoint
+                task.add_done_callback(ticket.writes.pop)
+                return
             staging = await self._staging.get()
-            # Submitted here and now: payloads must be received in the order of their headers.
+            if len(staging) < header.length:
+                # Its sender is configured to send larger messages than we are.
+                staging = np.zeros(header.length, dtype=np.uint8)
             received = inlet.endpoint.recv(staging[: header.length], PAYLOAD_CHANNEL, bulk=True)
             inlet.start(inlet.applied, self._receive(received, header, staging, inlet))
         elif header.kind is Kind.COMMIT:
@@ -211,18 +243,10 @@ class Receiver:
             if header.transfer_id in self._relays:
                 await self._relays.forward(header, staging[: header.length])
             else:
-                reason = self._apply(header, staging[: header.length], inlet.endpoint.transport)
-                inlet.judge(header.transfer_id, reason)
-                if reason not in ("", "probe"):
-                    log.info(
-                        "kv message dropped",
-                        reason=reason,
-                        transfer=header.transfer_id.hex()[:8],
-                        sequence=header.sequence,
-                        layer=header.layer,
-                        first=header.first,
-                        blocks=header.blocks,
-                    )
+                payload = staging[: header.length]
+                raw = await self._decode(header, payload) if header.codec else payload
+                reason = self._apply(header, payload, inlet.endpoint.transport, raw)
+                self._judge(header, reason, inlet)
         except TooLongError:
             self._drop(self._tickets.get(header.transfer_id), "too_long")
             inlet.endpoint.close()
@@ -231,17 +255,109 @@ class Receiver:
         finally:
             self._staging.put_nowait(staging)
 
+    def _claim(self, header: Header, ticket: Ticket, transport: str) -> Buffer | None:
+        """The blocks that a payload may be received into, for it alone from now on; None if it must be staged."""
+        if (
+            ticket.error
+            or header.codec != 0
+            or header.length < DIRECT_BYTES
+            or header.transfer_id in self._relays
+            or not DIRECT.issuperset(transport.split(","))
+            or not self._fits(header, ticket)
+        ):
+            return None
+        blocks = ticket.blocks[header.first : header.first + header.blocks]
+        place = self._memory.view(header.layer, blocks, self._heads(header))
+        free = self._part(ticket.free, header)
+        if place is None or not free.all():
+            return None
+        free[:] = False
+        ticket.transport = transport
+        return place
+
+    async def _receive_in_place(
+        self, received: asyncio.Future[None], header: Header, place: Buffer, ticket: Ticket, inlet: _Inlet
+    ) -> None:
+        # Whatever goes wrong here, the blocks stay missing, and claimed.
+        try:
+            with ticket.wire.message():
+                await asyncio.wait({received}, timeout=wire.STALL_S)
+            if not received.done():
+                self._drop(ticket, "stalled")
+                inlet.endpoint.close()
+            await received
+        except TooLongError:
+            self._drop(ticket, "too_long")
+            inlet.endpoint.close()
+            return
+        except UcxError as error:
+            log.debug("kv payload lost with its sender", error=str(error))
+            return
+        reason = ""
+        if await checksum(place, header.seed) == header.checksum:
+            self._part(ticket.missing, header)[:] = False
+            ticket.bytes += header.length
+        else:
+            ticket.error = f"message {header.sequence} is corrupt"
+            reason = self._drop(ticket, "corrupt")
+        self._judge(header, reason, inlet)
+
+    @staticmethod
+    def _judge(header: Header, reason: str, inlet: _Inlet) -> None:
+        inlet.judge(header.transfer_id, reason)
+        if reason not in ("", "probe", "stray"):
+            log.info(
+                "kv message dropped",
+                reason=reason,
+                transfer=header.transfer_id.hex()[:8],
+                sequence=header.sequence,
+                layer=header.layer,
+                first=header.first,
+                blocks=header.blocks,
+            )
+
+    def _part(self, flags: npt.NDArray[np.bool_], header: Header) -> npt.NDArray[np.bool_]:
+        """What a message is about, of an array [layers, blocks, KV heads]; a view."""
+        heads = self._heads(header)
+        return flags[header.layer, header.first : header.first + header.blocks, heads.first : heads.first + heads.count]
+
     def _heads(self, header: Header) -> Heads:
         return Heads(header.head, header.heads) if header.heads else self._memory.all_heads
 
-    def _drop(self, ticket: _Ticket | None, reason: str) -> str:
+    def _fits(self, header: Header, ticket: Ticket) -> bool:
+        """Whether a message names nothing but what its ticket allows."""
+        geometry, heads = self._memory.geometry, self._heads(header)
+        return (
+            header.layer < geometry.layers
+            and header.first + header.blocks <= len(ticket.blocks)
+            and heads.first + heads.count <= geometry.kv_heads
+            and (heads == self._memory.all_heads or geometry.by_head)
+            and header.codec in ticket.codecs
+            and (header.codec != 0 or header.length == self._memory.nbytes(header.blocks, heads))
+        )
+
+    async def _decode(self, header: Header, payload: Buffer) -> Buffer | None:
+        """A payload as it will lie in the cache; None if it cannot be one. In a thread, since it takes its time."""
+        ticket = self._tickets.get(header.transfer_id)
+        if ticket is None or not self._fits(header, ticket) or not header.intact(payload):
+            return None
+        codec = make_codec(NAMES[header.codec], self._memory.geometry)
+        assert codec is not None
+        nbytes = self._memory.nbytes(header.blocks, self._heads(header))
+        try:
+            return await asyncio.to_thread(codec.decode, payload, nbytes)
+        except CodecError as error:
+            log.warning("kv payload not decoded", error=str(error))
+            return None
+
+    def _drop(self, ticket: Ticket | None, reason: str) -> str:
         self.counts[reason] += 1
         if ticket is not None:
             ticket.bad += 1
         return reason
 
-    def _apply(self, header: Header, payload: Buffer, transport: str) -> str:
-        """Copies a payload into its blocks, or drops and counts it; returns the reason, empty if it was copied.
+    def _apply(self, header: Header, payload: Buffer, transport: str, raw: Buffer | None) -> str:
+        """Copies a decoded payload into its blocks, or drops and counts it; returns the reason, empty if it was copied.
 
         Never awaits: see the module's docstring.
         """
@@ -249,24 +365,21 @@ class Receiver:
         if ticket is None:
             return self._drop(None, "probe" if header.transfer_id == PROBE_ID else "stray")
         ticket.transport = transport
-        geometry = self._memory.geometry
-        stop, heads = header.first + header.blocks, self._heads(header)
         if not header.intact(payload):
             ticket.error = f"message {header.sequence} is corrupt"
             return self._drop(ticket, "corrupt")
-        if (
-            header.layer >= geometry.layers
-            or stop > len(ticket.blocks)
-            or heads.first + heads.count > geometry.kv_heads
-            or (heads != self._memory.all_heads and not geometry.by_head)
-            or header.length != self._memory.nbytes(header.blocks, heads)
-        ):
+        if not self._fits(header, ticket):
             ticket.error = f"message {header.sequence} points outside its ticket"
             return self._drop(ticket, "out_of_range")
-        missing = ticket.missing[header.layer, header.first : stop, heads.first : heads.first + heads.count]
-        if not missing.all():
+        if raw is None:
+            ticket.error = f"message {header.sequence} cannot be decoded"
+            return self._drop(ticket, "undecodable")
+        free = self._part(ticket.free, header)
+        if not free.all():
             return self._drop(ticket, "duplicate")
-        self._memory.scatter(header.layer, ticket.blocks[header.first : stop], heads, payload)
-        missing[:] = False
+        blocks = ticket.blocks[header.first : header.first + header.blocks]
+        self._memory.scatter(header.layer, blocks, self._heads(header), raw)
+        free[:] = False
+        self._part(ticket.missing, header)[:] = False
         ticket.bytes += header.length
         return ""

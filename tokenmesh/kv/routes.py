@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tokenmesh.kv.codecs import NONE, check_codec
 from tokenmesh.kv.geometry import BlockGeometry, GeometryMismatchError
 
 
@@ -53,10 +54,10 @@ def plan_routes(total: int, senders: int, owners: int) -> list[list[Route]]:
 
 
 def check_routes(
-    total: int, mine: BlockGeometry, senders: int, theirs: BlockGeometry, owners: int
+    total: int, mine: BlockGeometry, senders: int, theirs: BlockGeometry, owners: int, codec: str = NONE
 ) -> list[list[Route]]:
     """`plan_routes` for blocks of these geometries. Raises GeometryMismatchError if they cannot be exchanged so."""
-    mine.check_reaches(theirs)
+    check_codec(codec, mine, theirs)
     routes = plan_routes(total, senders, owners)
     for geometry, shards, side in ((mine, senders, "here"), (theirs, owners, "at the owner")):
         heads = len(shard_heads(total, shards, 0))

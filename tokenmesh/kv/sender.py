@@ -6,13 +6,15 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import structlog
 
 from tokenmesh.kv import wire
-from tokenmesh.kv.memory import Buffer, Heads, KvMemory
+from tokenmesh.kv.checksum import checksum
+from tokenmesh.kv.codecs import NAMES, NONE, Codec, make_codec
+from tokenmesh.kv.memory import BlockIds, Buffer, Heads, KvMemory
 from tokenmesh.kv.messages import Commit, Connected, Destination, Push, SendDone
 from tokenmesh.kv.stopwatch import Stopwatch
 from tokenmesh.kv.ucx import UcxEndpoint, UcxError, UcxWorker
@@ -74,6 +76,7 @@ class Peer:
         buffer = np.empty(HEADER_BYTES, dtype=np.uint8)
         try:
             while True:
+                buffer[:] = 0
                 await self._endpoint.recv(buffer, HEADER_CHANNEL)
                 header = Header.from_buffer(buffer)
                 future = self._receipts.get((header.transfer_id, header.head))
@@ -106,6 +109,7 @@ class _Way:
 
 @dataclass
 class _Transfer:
+    codec: str
     commands: asyncio.Queue[Push | Commit] = field(default_factory=asyncio.Queue)
     task: asyncio.Task[None] | None = None
     begun: bool = False
@@ -178,9 +182,9 @@ class Sender:
         except SendError as error:
             self._report(Connected(host, port, str(error), "", 0.0, self._shard))
 
-    def start(self, transfer_id: bytes, destinations: Sequence[Destination]) -> None:
+    def start(self, transfer_id: bytes, destinations: Sequence[Destination], codec: str = NONE) -> None:
         """Opens a transfer. Its pushes are sent in order as they come."""
-        transfer = self._transfers.setdefault(transfer_id, _Transfer())
+        transfer = self._transfers.setdefault(transfer_id, _Transfer(codec))
         if transfer.task is None:
             transfer.task = asyncio.create_task(self._run(transfer_id, transfer, destinations))
 
@@ -234,6 +238,8 @@ class Sender:
         except Exception as failure:  # noqa: BLE001 - any fault ends this transfer alone, and is reported with it
             error = f"{type(failure).__name__}: {failure}" if not isinstance(failure, SendError) else str(failure)
         finally:
+            # What still waits for its turn is not sent, and a cancellation that comes now finds nothing to cancel.
+            transfer.cancelled = True
             # Blocks may be reused only when UCX has let go of them, whether or not the transfer succeeded.
             await _let_go(sends, ways)
             del self._transfers[transfer_id]
@@ -258,22 +264,17 @@ class Sender:
         everything = np.array(push.blocks, dtype=np.int64)
         for start in range(0, len(everything), limit):
             blocks = everything[start : start + limit]
-            staging: Buffer | None = None
-            payload = self._memory.view(push.layer, blocks, way.source)
-            if payload is None:
-                staging = await self._staging.get()
-                payload = self._memory.gather(push.layer, blocks, way.source, staging)
-            header = Header(
+            place = Header(
                 Kind.DATA,
                 transfer_id,
                 sequence=way.messages,
                 layer=push.layer,
                 first=push.first + start,
                 blocks=len(blocks),
-                length=len(payload),
                 head=way.target,
                 heads=way.source.count,
-            ).sealed(payload)
+            )
+            header, payload, staging = await self._prepare(place, blocks, way.source, transfer.codec)
             way.messages += 1
             transfer.bytes += header.length
             transfer.block_layers += len(blocks)
@@ -282,6 +283,32 @@ class Sender:
             # Failed sends stay in the set, for COMMIT to meet what they met.
             task.add_done_callback(lambda t: sends.discard(t) if not t.cancelled() and not t.exception() else None)
             await asyncio.sleep(0)
+
+    async def _prepare(
+        self, header: Header, blocks: BlockIds, heads: Heads, codec_name: str
+    ) -> tuple[Header, Buffer, Buffer | None]:
+        """A message's header, sealed, its payload, and the staging memory that it borrows; none if this fails."""
+        codec = make_codec(codec_name, self._memory.geometry)
+        staging: Buffer | None = None
+        number = 0
+        try:
+            payload = self._memory.view(header.layer, blocks, heads)
+            if payload is None or codec is not None:
+                # With a codec, this bounds the encoded payloads under way.
+                staging = await self._staging.get()
+            if payload is None:
+                assert staging is not None
+                payload = self._memory.gather(header.layer, blocks, heads, staging)
+            if codec is not None:
+                encoded = await _encode(codec, payload)
+                if encoded is not None:
+                    payload, number = encoded, NAMES.index(codec_name)
+            header = replace(header, length=len(payload), codec=number)
+            return replace(header, checksum=await checksum(payload, header.seed)), payload, staging
+        except BaseException:
+            if staging is not None:
+                self._staging.put_nowait(staging)
+            raise
 
     async def _send(
         self, peer: Peer, header: Header, payload: Buffer, staging: Buffer | None, transfer: _Transfer
@@ -305,10 +332,21 @@ class Sender:
                 await (await peer_task).close()
 
 
+async def _encode(codec: Codec, raw: Buffer) -> Buffer | None:
+    """In a thread, since it takes its time."""
+    work = asyncio.ensure_future(asyncio.to_thread(codec.encode, raw))
+    try:
+        return await asyncio.shield(work)
+    except BaseException:
+        # The blocks are read until the thread is done, whoever still waits for it.
+        await asyncio.wait({work})
+        raise
+
+
 async def _landed(sends: set[asyncio.Task[None]]) -> None:
-    """Waits for sends and raises what one of them met. Unlike gather, being cancelled leaves them alone."""
+    """Waits for sends and raises what the first of them met. Unlike gather, being cancelled leaves them alone."""
     if sends:
-        done, _ = await asyncio.wait(sends)
+        done, _ = await asyncio.wait(sends, return_when=asyncio.FIRST_EXCEPTION)
         for task in done:
             task.result()
 

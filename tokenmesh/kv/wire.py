@@ -17,12 +17,15 @@ import xxhash
 
 Buffer = npt.NDArray[np.uint8]
 
-_LAYOUT = struct.Struct("<IHH16sIIIHHIQQ")
+_LAYOUT = struct.Struct("<IBBH16sIIIHHIQQ")
 HEADER_BYTES = _LAYOUT.size
-_MAGIC = 0x544B4D33
+_MAGIC = 0x544B4D34
 
 PROBE_ID = bytes(16)
 """The transfer id of messages that measure a pair; no ticket."""
+
+LARGEST_PAYLOAD = 256 << 20
+"""No sender may be configured to send more in a message."""
 
 STALL_S = 30.0
 """A payload that has not followed its header by then never will, and one that nobody has taken will not be taken."""
@@ -48,7 +51,10 @@ class Kind(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """One message. Payload length in bytes; heads count in the owner's shard, and 0 of them are all."""
+    """One message. Payload length in bytes, as it travels; heads count in the owner's shard, and 0 of them are all.
+
+    `codec` is the number of the codec that the payload is encoded with, 0 for none.
+    """
 
     kind: Kind
     transfer_id: bytes
@@ -60,11 +66,13 @@ class Header:
     checksum: int = 0
     head: int = 0
     heads: int = 0
+    codec: int = 0
 
     def _pack(self, checksum: int, own: int = 0) -> bytes:
         return _LAYOUT.pack(
             _MAGIC,
             self.kind,
+            self.codec,
             self.layer,
             self.transfer_id,
             self.sequence,
@@ -85,10 +93,13 @@ class Header:
         """Whether header and payload are what was sealed."""
         return self.checksum == self._digest(payload)
 
+    @property
+    def seed(self) -> int:
+        """Of the payload's checksum: so that a payload cannot be moved under another header."""
+        return xxhash.xxh3_64_intdigest(self._pack(0))
+
     def _digest(self, payload: Buffer | None) -> int:
-        # The header's own digest seeds the payload's, so that a payload cannot be moved under another header.
-        seed = xxhash.xxh3_64_intdigest(self._pack(0))
-        return seed if payload is None else xxhash.xxh3_64_intdigest(payload.data, seed=seed)
+        return self.seed if payload is None else xxhash.xxh3_64_intdigest(payload.data, seed=self.seed)
 
     def to_buffer(self) -> Buffer:
         """The bytes to send, shape [HEADER_BYTES]."""
@@ -98,12 +109,12 @@ class Header:
     @classmethod
     def from_buffer(cls, buffer: Buffer) -> Header:
         """Parses bytes, shape [HEADER_BYTES]. Raises WireError if they are not a header as it was sent."""
-        magic, kind, layer, transfer_id, sequence, first, blocks, head, heads, own, length, checksum = _LAYOUT.unpack(
-            buffer.tobytes()
+        magic, kind, codec, layer, transfer_id, sequence, first, blocks, head, heads, own, length, checksum = (
+            _LAYOUT.unpack(buffer.tobytes())
         )
         if magic != _MAGIC or kind not in Kind.__members__.values():
             raise WireError("not a tokenmesh KV header")
-        header = cls(Kind(kind), transfer_id, sequence, layer, first, blocks, length, checksum, head, heads)
+        header = cls(Kind(kind), transfer_id, sequence, layer, first, blocks, length, checksum, head, heads, codec)
         if own != xxhash.xxh3_64_intdigest(header._pack(checksum)) & 0xFFFFFFFF:
             raise WireError("a damaged KV header")
         return header

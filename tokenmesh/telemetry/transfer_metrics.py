@@ -7,11 +7,6 @@ from tokenmesh.telemetry.metrics import Metrics
 from tokenmesh.v1 import kv_pb2
 
 
-def codec_name(codec: kv_pb2.KvCodec) -> str:
-    """As in labels and attributes, e.g. ``none``."""
-    return kv_pb2.KvCodec.Name(codec).removeprefix("KV_CODEC_").lower()
-
-
 class TransferMetrics:
     """What transfers took."""
 
@@ -21,9 +16,9 @@ class TransferMetrics:
         self._goodput = metrics.histogram(names.KV_GOODPUT)
         self._attempts = metrics.histogram(names.REMOTE_PREFILL_SECONDS)
 
-    def transfer(self, receipt: kv_pb2.KvReceipt, codec: kv_pb2.KvCodec) -> None:
-        """One transfer that arrived whole."""
-        labels = (receipt.transport or "unknown", codec_name(codec))
+    def transfer(self, receipt: kv_pb2.KvReceipt, codec: str) -> None:
+        """One transfer that arrived whole. `codec`: its name, e.g. ``none``."""
+        labels = (receipt.transport or "unknown", codec)
         self._seconds.labels(*labels).observe(receipt.seconds)
         self._exposed.labels(*labels).observe(receipt.exposed_seconds)
         if receipt.seconds > 0:

@@ -11,8 +11,16 @@ class KvCodec(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     KV_CODEC_UNSPECIFIED: _ClassVar[KvCodec]
     KV_CODEC_NONE: _ClassVar[KvCodec]
+    KV_CODEC_LOSSLESS: _ClassVar[KvCodec]
+    KV_CODEC_BF16: _ClassVar[KvCodec]
+    KV_CODEC_FP16: _ClassVar[KvCodec]
+    KV_CODEC_FP8: _ClassVar[KvCodec]
 KV_CODEC_UNSPECIFIED: KvCodec
 KV_CODEC_NONE: KvCodec
+KV_CODEC_LOSSLESS: KvCodec
+KV_CODEC_BF16: KvCodec
+KV_CODEC_FP16: KvCodec
+KV_CODEC_FP8: KvCodec
 
 class BlockGeometry(_message.Message):
     __slots__ = ("layers", "kv_heads", "head_size", "block_size", "dtype", "block_bytes", "packing")

@@ -130,14 +130,16 @@ class ResetCacheResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class ExpectKvRequest(_message.Message):
-    __slots__ = ("decode_root_id", "transfer_id", "block_ids")
+    __slots__ = ("decode_root_id", "transfer_id", "block_ids", "codec")
     DECODE_ROOT_ID_FIELD_NUMBER: _ClassVar[int]
     TRANSFER_ID_FIELD_NUMBER: _ClassVar[int]
     BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
     decode_root_id: str
     transfer_id: bytes
     block_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, decode_root_id: _Optional[str] = ..., transfer_id: _Optional[bytes] = ..., block_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    codec: _kv_pb2.KvCodec
+    def __init__(self, decode_root_id: _Optional[str] = ..., transfer_id: _Optional[bytes] = ..., block_ids: _Optional[_Iterable[int]] = ..., codec: _Optional[_Union[_kv_pb2.KvCodec, str]] = ...) -> None: ...
 
 class ExpectKvResponse(_message.Message):
     __slots__ = ()

@@ -21,6 +21,8 @@ from services.decode.root.group import Group
 from tokenmesh.config import DecodeConfig
 from tokenmesh.context import WorkContext, bind
 from tokenmesh.engine.host import EngineHost
+from tokenmesh.kv.codecs import codec_label
+from tokenmesh.kv.codecs.links import LinkCodecs
 from tokenmesh.kv.messages import DropKv, KvArrived, RankDetached, Settled, StepTimes, ToService, WantKv
 from tokenmesh.parallel.ids import split_owner
 from tokenmesh.rpc.calls import calling
@@ -29,7 +31,7 @@ from tokenmesh.rpc.errors import MeshError, Reason, unavailable
 from tokenmesh.telemetry import span_names, tracing
 from tokenmesh.telemetry.metrics import Metrics
 from tokenmesh.telemetry.tickets import receipt_attributes
-from tokenmesh.telemetry.transfer_metrics import TransferMetrics, codec_name
+from tokenmesh.telemetry.transfer_metrics import TransferMetrics
 from tokenmesh.v1 import kv_pb2, prefill_pb2, prefill_pb2_grpc
 
 log = structlog.get_logger()
@@ -77,6 +79,7 @@ class HandOff:
         self._fetches: dict[str, asyncio.Task[None]] = {}
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._down_since: dict[str, float] = {}
+        self._codecs = LinkCodecs(config.kv_transfer.codec)
         self.connected: set[str] = set()
         """Prefill services that were reachable, and connected to our shards, when last asked."""
         self.bytes = 0
@@ -189,6 +192,7 @@ class HandOff:
             raise unavailable(Reason.KV_OWNER_UNREACHABLE, f"nothing can be written to rank {rank} now")
         transfer_id = secrets.token_bytes(16)
         span.set({span_names.RANK: rank, span_names.TRANSFER_ID: span_names.transfer_name(transfer_id)})
+        codec = self._codecs.of(address)
         request = prefill_pb2.PrefillRequest(
             request_id=prompt.request_id,
             prompt_token_ids=prompt.token_ids,
@@ -198,7 +202,7 @@ class HandOff:
                 geometry=self.engine.movers[0].geometry.to_proto(),
                 start_token=want.start_token,
                 block_ids=blocks,
-                codec=kv_pb2.KV_CODEC_NONE,
+                codec=codec_label(codec),
             ),
             cache_salt=prompt.cache_salt,
             decode_root_id=self._root_id,
@@ -207,7 +211,7 @@ class HandOff:
         call: MeshError | None = None
         reply: prefill_pb2.PrefillResponse | None = None
         try:
-            await owner.expect(transfer_id, blocks)
+            await owner.expect(transfer_id, blocks, codec)
             stub = prefill_pb2_grpc.PrefillServiceStub(self._channel(address))
             with calling("tokenmesh.v1.PrefillService/Prefill", address) as metadata:
                 reply = await stub.Prefill(request, timeout=timeout, metadata=metadata)
@@ -229,9 +233,8 @@ class HandOff:
         self.transfers += 1
         self.seconds += receipt.seconds
         self.transport = receipt.transport
-        self._metrics.transfer(receipt, request.target.codec)
+        self._metrics.transfer(receipt, codec)
         span.set(receipt_attributes(receipt))
-        codec = codec_name(request.target.codec)
         span.set({span_names.KV_EXPOSED_SECONDS: receipt.exposed_seconds, span_names.KV_CODEC: codec})
         log.info(
             "kv arrived",
@@ -241,6 +244,7 @@ class HandOff:
             seconds=round(receipt.seconds, 4),
             exposed_s=round(receipt.exposed_seconds, 4),
             transport=receipt.transport,
+            codec=codec,
         )
         return receipt
 
@@ -276,9 +280,12 @@ class HandOff:
                 shards=owner.shards,
                 geometry=self.engine.movers[0].geometry.to_proto(),
                 decode_root_id=self._root_id,
+                codec=codec_label(self._codecs.of(address)),
             )
             replies.append(await stub.ConnectOwner(request, timeout=CONNECT_TIMEOUT_S))
-        return min(reply.goodput for reply in replies), replies[0].transport
+        goodput = min(reply.goodput for reply in replies)
+        await self._codecs.learn(address, goodput, self.engine.movers[0].geometry)
+        return goodput, replies[0].transport
 
     def _channel(self, address: str) -> grpc.aio.Channel:
         if address not in self._channels:

@@ -8,6 +8,7 @@ from typing import Protocol
 import grpc
 
 from tokenmesh.engine.host import EngineHost
+from tokenmesh.kv.codecs import codec_label
 from tokenmesh.kv.messages import Expect, Relay
 from tokenmesh.kv.settling import SETTLE_TIMEOUT_S, Outcome, Settling
 from tokenmesh.rpc.calls import calling
@@ -23,8 +24,8 @@ class KvOwner(Protocol):
     def shards(self) -> Sequence[kv_pb2.KvShard]:
         """Where prefill services write, per tensor-parallel shard."""
 
-    async def expect(self, transfer_id: bytes, blocks: list[int]) -> None:
-        """Opens a ticket for local block ids. Raises MeshError."""
+    async def expect(self, transfer_id: bytes, blocks: list[int], codec: str) -> None:
+        """Opens a ticket for local block ids, and payloads encoded so. Raises MeshError."""
 
     async def settle(self, transfer_id: bytes) -> Outcome:
         """Closes it and says what came. Never raises: an owner that does not answer has received nothing."""
@@ -43,11 +44,11 @@ class RootOwner:
         """See `KvOwner`."""
         return [kv_pb2.KvShard(host=m.host, port=m.port) for _, m in sorted(self._engine.movers.items())]
 
-    async def expect(self, transfer_id: bytes, blocks: list[int]) -> None:
+    async def expect(self, transfer_id: bytes, blocks: list[int], codec: str) -> None:
         """See `KvOwner`."""
         self._spans.open(transfer_id, len(blocks), rank=0)
         for shard in range(self._engine.shards):
-            self._engine.hub.send(f"mover-{shard}", Expect(transfer_id, blocks))
+            self._engine.hub.send(f"mover-{shard}", Expect(transfer_id, blocks, codec))
 
     async def settle(self, transfer_id: bytes) -> Outcome:
         """See `KvOwner`."""
@@ -68,9 +69,11 @@ class WorkerOwner:
         self.shards = shards
         """See `KvOwner`."""
 
-    async def expect(self, transfer_id: bytes, blocks: list[int]) -> None:
+    async def expect(self, transfer_id: bytes, blocks: list[int], codec: str) -> None:
         """See `KvOwner`."""
-        request = worker_pb2.ExpectKvRequest(decode_root_id=self._root_id, transfer_id=transfer_id, block_ids=blocks)
+        request = worker_pb2.ExpectKvRequest(
+            decode_root_id=self._root_id, transfer_id=transfer_id, block_ids=blocks, codec=codec_label(codec)
+        )
         try:
             with calling("tokenmesh.v1.WorkerService/ExpectKv", self._address) as metadata:
                 await self._stub.ExpectKv(request, timeout=SETTLE_TIMEOUT_S, metadata=metadata)
@@ -101,9 +104,9 @@ class RelayedOwner:
         """See `KvOwner`."""
         return self._root.shards
 
-    async def expect(self, transfer_id: bytes, blocks: list[int]) -> None:
+    async def expect(self, transfer_id: bytes, blocks: list[int], codec: str) -> None:
         """See `KvOwner`."""
-        await self._worker.expect(transfer_id, blocks)
+        await self._worker.expect(transfer_id, blocks, codec)
         for number, shard in enumerate(self._worker.shards):
             self._engine.hub.send(f"mover-{number}", Relay(transfer_id, shard.host, shard.port))
 

@@ -15,7 +15,8 @@ import structlog
 
 from services.decode.worker.processes import ShardProcesses
 from tokenmesh.config import DecodeWorkerConfig
-from tokenmesh.kv.geometry import BlockGeometry
+from tokenmesh.kv.codecs import codec_name
+from tokenmesh.kv.geometry import BlockGeometry, GeometryMismatchError
 from tokenmesh.kv.messages import (
     NOT_OPEN,
     CloseShard,
@@ -286,10 +287,14 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         at = self._of(request.decode_root_id)
         if len(request.transfer_id) != 16 or any(block >= at.blocks for block in request.block_ids):
             raise invalid(Reason.BAD_TARGET, "the ticket is no id of 16 bytes, or names blocks that are not there")
+        try:
+            codec = codec_name(request.codec)
+        except GeometryMismatchError as error:
+            raise invalid(Reason.BAD_TARGET, str(error)) from error
         at.tickets.add(request.transfer_id)
         self._spans.open(request.transfer_id, len(request.block_ids), at.rank)
         for shard in self.shards.numbers:
-            self.shards.hub.send(f"mover-{shard}", Expect(request.transfer_id, list(request.block_ids)))
+            self.shards.hub.send(f"mover-{shard}", Expect(request.transfer_id, list(request.block_ids), codec))
         return worker_pb2.ExpectKvResponse()
 
     async def SettleKv(
