@@ -52,11 +52,12 @@ def _in_process() -> tuple[float, float, float]:
         blocks = NBYTES // BLOCK_BYTES
         staged, data = np.ones(NBYTES, dtype=np.uint8), np.zeros(NBYTES * 2, dtype=np.uint8)
         memory = KvMemory(data, BlockGeometry(1, 1, 1, 1, "uint8", BLOCK_BYTES, "bench"), [LayerSpan(0, BLOCK_BYTES)])
+        ids = np.array(scattered(blocks, 3), dtype=np.int64)
         header, chunk = Header(Kind.DATA, bytes(16)), staged[:CHUNK_BYTES]
         return (
             _rate(CHUNK_BYTES, lambda: header.sealed(chunk)),
             _rate(NBYTES, lambda: header.sealed(staged)),
-            _rate(NBYTES, lambda: memory.scatter(0, scattered(blocks, 3), staged)),
+            _rate(NBYTES, lambda: memory.scatter(0, ids, memory.all_heads, staged)),
         )
     finally:
         os.sched_setaffinity(0, before)

@@ -21,6 +21,7 @@ from tokenmesh.config import MeshConfig
 from tokenmesh.engine.host import run_engine
 from tokenmesh.kv.messages import Expect, Settle, Settled
 from tokenmesh.model_store import resolve_model
+from tokenmesh.telemetry.metrics import Metrics
 from tokenmesh.v1 import kv_pb2, prefill_pb2, prefill_pb2_grpc
 
 CALL_S = 120.0
@@ -93,7 +94,7 @@ async def prefill_path(eager: bool) -> AsyncIterator[PrefillPath]:
         {**mesh.model_dump(), "prefill_service": {**mesh.prefill_service.model_dump(), **section}}
     )
     path = await asyncio.to_thread(resolve_model, config.model)
-    servicer = PrefillServicer(config.prefill_service)
+    servicer = PrefillServicer(config.prefill_service, Metrics())
     server = grpc.aio.server()
     prefill_pb2_grpc.add_PrefillServiceServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")

@@ -192,7 +192,7 @@ async def bench(rounds: int, eager: bool, out: Path) -> int:
         print(f"bench-kv: {error}", file=sys.stderr)
         return 1
     report = Report(
-        "kv", figures(some, exposed, ttfts), runs(some, exposed, ttfts), notes(some, load), commit=started_at
+        "kv", figures(some, exposed, ttfts), runs(some, exposed, ttfts), notes(some, alone, load), commit=started_at
     )
     path = report.write(out)
     plot(out / "kv.png", "KV from prefill to owner, one point per round, line: median", panels(some, exposed))
