@@ -353,6 +353,10 @@ def test_mesh_keeps_the_usual_ports_and_equal_shards(path: Path) -> None:
     mesh = load_config(path)
     assert (mesh.gateway.port, mesh.gateway.grpc_port) == (DEFAULTS.gateway.port, DEFAULTS.gateway.grpc_port)
     assert (mesh.prefill_service.port, mesh.decode_service.port) == (GRPC_PORTS["prefill"], GRPC_PORTS["decode-root"])
+    if mesh.decode_service.kv_transfer.transport == "none":
+        assert mesh.prefill_service.replicas == 0
+        assert mesh.gateway.mode == "decode"
+        return
     assert mesh.prefill_service.kv_transfer.port in (0, 9150)
     assert mesh.decode_service.kv_transfer.port == 9250
     assert mesh.prefill_service.tensor_parallel_size == mesh.decode_service.tensor_parallel_size
@@ -362,10 +366,10 @@ def test_mesh_keeps_the_usual_ports_and_equal_shards(path: Path) -> None:
 def test_mesh_has_as_many_workers_as_ranks(path: Path) -> None:
     mesh = load_config(path)
     size, worker = mesh.decode_service.token_parallel_size, mesh.decode_worker
-    assert len(mesh.worker_addresses(0)) == size - 1
     if "gpu_memory_utilization" in path.read_text():
-        assert size == 1, "more ranks run on CPUs only"
+        assert not mesh.worker_addresses(0), "workers attend on CPUs only"
         return
+    assert len(mesh.worker_addresses(0)) == size - 1
     assert size > 1
     assert {address.rpartition(":")[2] for address in mesh.worker_addresses(0)} == {str(GRPC_PORTS["decode-worker"])}
     assert (worker.port, worker.kv_transfer.port, worker.exchange_port) == (GRPC_PORTS["decode-worker"], 9350, 9390)
