@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -15,10 +14,12 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch.distributed import TCPStore
 
 from tokenmesh.parallel.exchange import Exchange
 from tokenmesh.parallel.peer import RankPeer
 from tokenmesh.parallel.plan import StepPlan
+from tokenmesh.parallel.process_group_exchange import ProcessGroupExchange
 from tokenmesh.parallel.rank import LayerSpec, RankProtocol, RankSpec
 from tokenmesh.parallel.rows import HeadShape, RowViews
 
@@ -50,26 +51,6 @@ class Nothing:
         """Nothing."""
 
 
-class GlooExchange:
-    """The three verbs over torch.distributed, for comparison."""
-
-    def __init__(self, port: int, me: int) -> None:
-        torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=me, world_size=2)
-        self._other = 1 - me
-
-    def send(self, data: torch.Tensor) -> None:
-        """See `Exchange`."""
-        torch.distributed.send(data, self._other)
-
-    def receive(self, data: torch.Tensor) -> None:
-        """See `Exchange`."""
-        torch.distributed.recv(data, self._other)
-
-    def close(self) -> None:
-        """See `Exchange`."""
-        torch.distributed.destroy_process_group()
-
-
 def _serve(transport: Transport, core: int, steps: int, pipe: Connection) -> None:
     os.sched_setaffinity(0, {core})
     torch.set_num_threads(1)
@@ -85,7 +66,8 @@ def _serve(transport: Transport, core: int, steps: int, pipe: Connection) -> Non
         assert accepted is not None
         pair = accepted
     else:
-        pair = GlooExchange(pipe.recv(), 1)
+        store = TCPStore("127.0.0.1", pipe.recv(), 2, False)
+        pair = ProcessGroupExchange("gloo", store, False, None)
     while protocol.steps < steps:
         pair.receive(protocol.expects)
         answer = protocol.received()
@@ -128,10 +110,9 @@ def _drive(transport: Transport, rows: int, steps: int, pipe: Connection) -> lis
 
         exchange = UcxLoop("auto").connect("127.0.0.1", pipe.recv(), TOKEN, 30)
     else:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = probe.getsockname()[1]
-        pipe.send(port)
-        exchange = GlooExchange(port, 0)
+        store = TCPStore("127.0.0.1", 0, 2, True, wait_for_workers=False)
+        pipe.send(store.port)
+        exchange = ProcessGroupExchange("gloo", store, True, 30)
     peer = RankPeer(1, exchange, SPEC)
     dtype = SHAPE.torch_dtype
     query = torch.zeros(rows, SHAPE.heads, SHAPE.head_size, dtype=dtype)
