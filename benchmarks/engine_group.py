@@ -24,7 +24,7 @@ from services.decode.root.group import Group
 from tokenmesh.config import MeshConfig
 from tokenmesh.engine.host import EngineHost, run_engine
 from tokenmesh.engine.settings import FetchFrom
-from tokenmesh.kv.messages import KvArrived, RankDetached, Settled, StepTimes, ToService, WantKv
+from tokenmesh.kv.messages import KvArrived, RankDetached, Settled, StepTimes, Synced, ToService, WantKv
 from tokenmesh.model_store import resolve_model
 
 ATTACH_TIMEOUT_S = 120.0
@@ -104,7 +104,7 @@ async def engine_group(config: MeshConfig, folder: Path) -> AsyncIterator[Engine
             case WantKv():
                 for shard in range(running.engine.shards):
                     running.engine.hub.send(f"worker-{shard}", KvArrived(message.request_id, True))
-            case Settled():
+            case Synced() | Settled():
                 group.settling.note(message)
             case StepTimes():
                 running.times.append(message)

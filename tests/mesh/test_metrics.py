@@ -133,9 +133,9 @@ def test_the_numbers_agree(loaded: dict[str, dict[str, Family]]) -> None:
     assert total(root, "tokenmesh_kv_transfer_duration_seconds_count", transport="unknown") == 0
     assert total(root, "tokenmesh_kv_transfer_duration_seconds_sum") > 0
     assert total(root, "tokenmesh_kv_transfer_bytes_total") > 1e6
-    # 3. Sequences that the root has finished, the gateway has finished.
+    # 3. What the gateway has finished, the root has finished; other tests ask the root itself.
     finished = total(root, "tokenmesh_decode_requests_total", outcome="finished")
-    assert finished == total(gateway, "tokenmesh_gateway_requests_total", outcome="finished") >= 8
+    assert finished >= total(gateway, "tokenmesh_gateway_requests_total", outcome="finished") >= 8
     assert total(prefill, "tokenmesh_prefill_requests_total", outcome="finished") >= moved
     # 4. The group has worked, and its figures are possible ones.
     assert total(root, "tokenmesh_shared_steps_total") > 0

@@ -196,7 +196,7 @@ def test_a_transfer_is_counted_by_transport_and_codec() -> None:
     metrics = Metrics()
     transfers = TransferMetrics(metrics)
     receipt = kv_pb2.KvReceipt(bytes=8_000_000, seconds=0.004, exposed_seconds=0.001, transport="sysv")
-    transfers.transfer(receipt, kv_pb2.KV_CODEC_NONE)
+    transfers.transfer(receipt, "none")
     transfers.attempt("KV_TRANSFER_FAILED", 0.1)
     samples, labels = shown(metrics), {"transport": "sysv", "codec": "none"}
     # 2. Time on the wire, what of it was not hidden, and bytes per second.
@@ -283,7 +283,7 @@ def test_promtool_finds_nothing_to_say() -> None:
     metrics = Metrics()
     metrics.add(StatusCollector(group_status))
     PaceMetrics(metrics)
-    TransferMetrics(metrics).transfer(kv_pb2.KvReceipt(bytes=1, seconds=1), kv_pb2.KV_CODEC_NONE)
+    TransferMetrics(metrics).transfer(kv_pb2.KvReceipt(bytes=1, seconds=1), "none")
     metrics.histogram(names.RPC_SECONDS).labels("m", "OK").observe(1)
     metrics.add(GroupStats().exchange)
     # 2. Prometheus's own linter agrees.

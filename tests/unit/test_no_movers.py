@@ -16,6 +16,7 @@ from tokenmesh.engine.consumer import ConsumerWorker
 from tokenmesh.engine.host import EngineHost, check_platform, ranks_on_device, token_parallel_args
 from tokenmesh.engine.scheduler import root_part
 from tokenmesh.engine.settings import ConnectorSettings
+from tokenmesh.telemetry.metrics import Metrics
 from tokenmesh.v1 import decode_pb2, sampling_pb2
 
 NONE = {"transport": "none"}
@@ -64,12 +65,11 @@ def test_an_engine_worker_starts_no_mover(monkeypatch: pytest.MonkeyPatch) -> No
 def test_prompts_are_local_and_the_reason_is_told() -> None:
     handoff: Any = SimpleNamespace(connected={"p:1"})
     config = DecodeConfig(kv_transfer=NONE, token_parallel_size=1)
-    servicer = DecodeServicer(config, "m", ["p:1"], handoff)
+    servicer = DecodeServicer(config, "m", ["p:1"], handoff, Metrics())
     # 1. A long prompt, with a prefill service at hand.
     request = decode_pb2.GenerateRequest(request_id="r", prompt_token_ids=range(500))
     request.prefill_candidates.add(address="p:1")
-    live: Any = SimpleNamespace()
-    assert servicer._prompt(request, live) is None
+    assert servicer._prompt(request) is None
     # 2. The first response says that it was decoded where it was computed, as in mode decode.
     response = decode_pb2.GenerateResponse()
     servicer._decide(response, request, None)

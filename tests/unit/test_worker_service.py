@@ -27,6 +27,8 @@ from tokenmesh.kv.messages import (
     ShardOpen,
     ShardState,
     ShardZeroed,
+    Sync,
+    Synced,
     ToService,
     ZeroShard,
 )
@@ -87,6 +89,8 @@ class FakeShards:
                 return [ShardClosed(shard, "detached" if was else NOT_OPEN)]
             case ZeroShard():
                 return [ShardZeroed(shard, not self.in_step)]
+            case Sync(transfer_id):
+                return [Synced(transfer_id, shard)]
             case Settle(transfer_id):
                 error = "" if self.arrived else "1 of 2 block layers did not arrive"
                 return [Settled(transfer_id, shard, self.arrived, error, 100, 2, 0.5, "tcp", 0)]
@@ -212,7 +216,7 @@ async def test_a_rank_has_one_root_at_a_time(worker: Worker) -> None:
     second = await worker.attach(blocks=6)
     assert second.token != first.token
     kinds = [type(message) for _, message in worker.shards.sent]
-    assert kinds == [OpenShard] * 2 + [Expect] * 2 + [CloseShard] * 2 + [OpenShard] * 2
+    assert kinds == [OpenShard] * 2 + [Expect, Sync] * 2 + [CloseShard] * 2 + [OpenShard] * 2
     stats = await worker.call("GetStats")
     assert (stats.blocks, stats.kv_open) == (6, 0)
     # (3) Once it has left, the other one gets in.

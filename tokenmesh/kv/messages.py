@@ -80,6 +80,13 @@ class Relay(msgspec.Struct, frozen=True, tag=True, gc=False):
     port: int
 
 
+class Sync(msgspec.Struct, frozen=True, tag=True, gc=False):
+    """Answered by Synced when all that was sent before is in effect: a ticket, above all, must be open before its
+    holder is told of it."""
+
+    transfer_id: bytes
+
+
 class Settle(msgspec.Struct, frozen=True, tag=True, gc=False):
     """Close a ticket. Answered by Settled; later messages that name it are dropped."""
 
@@ -122,6 +129,13 @@ class SendDone(msgspec.Struct, frozen=True, tag=True, gc=False):
     seconds: float
     exposed_seconds: float
     transport: str
+    shard: int
+
+
+class Synced(msgspec.Struct, frozen=True, tag=True, gc=False):
+    """The answer to Sync."""
+
+    transfer_id: bytes
     shard: int
 
 
@@ -305,8 +319,8 @@ class KvSent(msgspec.Struct, frozen=True, tag=True, gc=False):
     transfer_id: bytes
 
 
-ToMover = OpenSend | Push | Commit | CancelSend | Connect | Expect | Relay | Settle
-FromMover = MoverReady | Connected | SendDone | Settled
+ToMover = OpenSend | Push | Commit | CancelSend | Connect | Expect | Relay | Sync | Settle
+FromMover = MoverReady | Connected | SendDone | Synced | Settled
 FromEngine = WantKv | DropKv | EngineCounts | RankDetached | StepTimes
 FromShard = ShardUp | ShardOpen | ShardState | ShardZeroed | ShardClosed
 ToService = FromMover | FromEngine | FromShard

@@ -32,6 +32,7 @@ from tokenmesh.kv.messages import (
     Push,
     Relay,
     Settle,
+    Sync,
     ToMover,
     encode,
     to_mover,
@@ -135,6 +136,8 @@ def _dispatch(message: ToMover, sender: Sender, receiver: Receiver, relays: Rela
             receiver.expect(message)
         case Relay():
             relays.open(message)
+        case Sync(transfer_id):
+            receiver.sync(transfer_id)
         case Settle(transfer_id):
             receiver.settle(transfer_id)
         case Connect(host, port):

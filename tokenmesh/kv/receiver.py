@@ -27,7 +27,7 @@ from tokenmesh.kv import wire
 from tokenmesh.kv.checksum import checksum
 from tokenmesh.kv.codecs import NAMES, CodecError, make_codec
 from tokenmesh.kv.memory import Buffer, Heads, KvMemory
-from tokenmesh.kv.messages import Expect, Settled
+from tokenmesh.kv.messages import Expect, Settled, Synced
 from tokenmesh.kv.relay import Relays
 from tokenmesh.kv.ticket import Ticket
 from tokenmesh.kv.ucx import TooLongError, UcxEndpoint, UcxError
@@ -84,7 +84,7 @@ class Receiver:
         memory: KvMemory,
         chunk_bytes: int,
         window: int,
-        report: Callable[[Settled], None],
+        report: Callable[[Settled | Synced], None],
         relays: Relays | None = None,
     ) -> None:
         """`relays`: tickets whose messages go on to another owner."""
@@ -113,6 +113,10 @@ class Receiver:
         """Opens a ticket."""
         geometry = self._memory.geometry
         self._tickets[message.transfer_id] = Ticket(message.blocks, geometry.layers, geometry.kv_heads, message.codec)
+
+    def sync(self, transfer_id: bytes) -> None:
+        """Answers, which says that tickets sent before are open."""
+        self._report(Synced(transfer_id, self._shard))
 
     def settle(self, transfer_id: bytes) -> None:
         """Closes a ticket, and reports it as soon as nothing writes its blocks any more."""

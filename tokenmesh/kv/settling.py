@@ -1,16 +1,16 @@
-"""Closing tickets: asks every mover what arrived under one, and adds up the answers."""
+"""Opening and closing tickets on every mover of an owner, and adding up what arrived."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import structlog
 
 from tokenmesh.kv.hub import LinkHub
-from tokenmesh.kv.messages import Settle, Settled
+from tokenmesh.kv.messages import Expect, Relay, Settle, Settled, Sync, Synced
 from tokenmesh.v1 import kv_pb2
 
 log = structlog.get_logger()
@@ -28,20 +28,48 @@ class Outcome:
     receipt: kv_pb2.KvReceipt
 
 
+class MoverSilentError(Exception):
+    """A mover does not answer; its blocks cannot be written to."""
+
+
 class Settling:
     """Tickets whose movers have been asked."""
 
     def __init__(self) -> None:
+        self._opening: dict[bytes, dict[int, asyncio.Future[Synced]]] = {}
         self._waiting: dict[bytes, dict[int, asyncio.Future[Settled]]] = {}
         self.dropped: Counter[str] = Counter()
         """Messages that movers dropped, by reason; `probe` counts those that measured a pair."""
 
-    def note(self, message: Settled) -> None:
+    def note(self, message: Synced | Settled) -> None:
         """Takes a mover's answer."""
+        if isinstance(message, Synced):
+            opening = self._opening.get(message.transfer_id, {}).get(message.shard)
+            if opening is not None and not opening.done():
+                opening.set_result(message)
+            return
         self.dropped.update(message.dropped)
         future = self._waiting.get(message.transfer_id, {}).get(message.shard)
         if future is not None and not future.done():
             future.set_result(message)
+
+    async def open(self, hub: LinkHub, orders: Mapping[int, Expect | Relay]) -> None:
+        """Opens a ticket, shard by shard; when it returns, all movers know of it. Raises MoverSilentError.
+
+        Without the wait, what a fast sender writes first could come before the ticket, and would be dropped.
+        """
+        transfer_id = next(iter(orders.values())).transfer_id
+        loop = asyncio.get_running_loop()
+        opening = self._opening[transfer_id] = {shard: loop.create_future() for shard in orders}
+        try:
+            for shard, order in orders.items():
+                hub.send(f"mover-{shard}", order)
+                hub.send(f"mover-{shard}", Sync(transfer_id))
+            await asyncio.wait_for(asyncio.gather(*opening.values()), SETTLE_TIMEOUT_S)
+        except TimeoutError as error:
+            raise MoverSilentError("a mover does not answer") from error
+        finally:
+            self._opening.pop(transfer_id, None)
 
     async def settle(self, hub: LinkHub, shards: Sequence[int], transfer_id: bytes) -> Outcome:
         """Closes a ticket on every shard. When it returns, nothing can be written under it any more."""

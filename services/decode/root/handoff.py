@@ -23,7 +23,7 @@ from tokenmesh.context import WorkContext, bind
 from tokenmesh.engine.host import EngineHost
 from tokenmesh.kv.codecs import codec_label
 from tokenmesh.kv.codecs.links import LinkCodecs
-from tokenmesh.kv.messages import DropKv, KvArrived, RankDetached, Settled, StepTimes, ToService, WantKv
+from tokenmesh.kv.messages import DropKv, KvArrived, RankDetached, Settled, StepTimes, Synced, ToService, WantKv
 from tokenmesh.parallel.ids import split_owner
 from tokenmesh.rpc.calls import calling
 from tokenmesh.rpc.channel import open_channel
@@ -125,7 +125,7 @@ class HandOff:
             case DropKv(request_id):
                 if request_id in self._fetches:
                     self._fetches[request_id].cancel()
-            case Settled():
+            case Synced() | Settled():
                 self._group.settling.note(message)
             case RankDetached() | StepTimes():
                 self._group.handle(message)

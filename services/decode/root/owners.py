@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import grpc
@@ -10,9 +10,9 @@ import grpc
 from tokenmesh.engine.host import EngineHost
 from tokenmesh.kv.codecs import codec_label
 from tokenmesh.kv.messages import Expect, Relay
-from tokenmesh.kv.settling import SETTLE_TIMEOUT_S, Outcome, Settling
+from tokenmesh.kv.settling import SETTLE_TIMEOUT_S, MoverSilentError, Outcome, Settling
 from tokenmesh.rpc.calls import calling
-from tokenmesh.rpc.errors import MeshError
+from tokenmesh.rpc.errors import MeshError, Reason, unavailable
 from tokenmesh.telemetry.tickets import TicketSpans
 from tokenmesh.v1 import kv_pb2, worker_pb2, worker_pb2_grpc
 
@@ -47,8 +47,8 @@ class RootOwner:
     async def expect(self, transfer_id: bytes, blocks: list[int], codec: str) -> None:
         """See `KvOwner`."""
         self._spans.open(transfer_id, len(blocks), rank=0)
-        for shard in range(self._engine.shards):
-            self._engine.hub.send(f"mover-{shard}", Expect(transfer_id, blocks, codec))
+        order = Expect(transfer_id, blocks, codec)
+        await _open(self._settling, self._engine, dict.fromkeys(range(self._engine.shards), order))
 
     async def settle(self, transfer_id: bytes) -> Outcome:
         """See `KvOwner`."""
@@ -97,6 +97,7 @@ class RelayedOwner:
     def __init__(self, engine: EngineHost, settling: Settling, worker: WorkerOwner) -> None:
         self._root = RootOwner(engine, settling)
         self._engine = engine
+        self._settling = settling
         self._worker = worker
 
     @property
@@ -107,11 +108,18 @@ class RelayedOwner:
     async def expect(self, transfer_id: bytes, blocks: list[int], codec: str) -> None:
         """See `KvOwner`."""
         await self._worker.expect(transfer_id, blocks, codec)
-        for number, shard in enumerate(self._worker.shards):
-            self._engine.hub.send(f"mover-{number}", Relay(transfer_id, shard.host, shard.port))
+        orders = {n: Relay(transfer_id, shard.host, shard.port) for n, shard in enumerate(self._worker.shards)}
+        await _open(self._settling, self._engine, orders)
 
     async def settle(self, transfer_id: bytes) -> Outcome:
         """See `KvOwner`. The worker is the witness; the relay is closed with it."""
         outcome = await self._worker.settle(transfer_id)
         await self._root.settle(transfer_id)
         return outcome
+
+
+async def _open(settling: Settling, engine: EngineHost, orders: Mapping[int, Expect | Relay]) -> None:
+    try:
+        await settling.open(engine.hub, orders)
+    except MoverSilentError as error:
+        raise unavailable(Reason.KV_OWNER_UNREACHABLE, str(error)) from error

@@ -30,10 +30,11 @@ from tokenmesh.kv.messages import (
     ShardState,
     ShardUp,
     ShardZeroed,
+    Synced,
     ToService,
     ZeroShard,
 )
-from tokenmesh.kv.settling import Settling
+from tokenmesh.kv.settling import MoverSilentError, Settling
 from tokenmesh.parallel.rank import LayerSpec, RankSpec
 from tokenmesh.parallel.rows import HeadShape
 from tokenmesh.rpc.errors import MeshError, Reason, invalid, unavailable
@@ -100,7 +101,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             case MoverReady():
                 self._movers[message.shard] = message
                 self._resolve(message)
-            case Settled():
+            case Synced() | Settled():
                 self._settling.note(message)
             case ShardState():
                 self._states[message.shard] = message
@@ -293,8 +294,11 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             raise invalid(Reason.BAD_TARGET, str(error)) from error
         at.tickets.add(request.transfer_id)
         self._spans.open(request.transfer_id, len(request.block_ids), at.rank)
-        for shard in self.shards.numbers:
-            self.shards.hub.send(f"mover-{shard}", Expect(request.transfer_id, list(request.block_ids), codec))
+        order = Expect(request.transfer_id, list(request.block_ids), codec)
+        try:
+            await self._settling.open(self.shards.hub, dict.fromkeys(self.shards.numbers, order))
+        except MoverSilentError as error:
+            raise unavailable(Reason.KV_OWNER_UNREACHABLE, str(error)) from error
         return worker_pb2.ExpectKvResponse()
 
     async def SettleKv(
