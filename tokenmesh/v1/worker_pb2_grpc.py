@@ -124,8 +124,8 @@ class WorkerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ExpectKv(self, request, context):
-        """Opens a ticket: whoever shows the transfer id may write these blocks once. Errors: FAILED_PRECONDITION
-        (NOT_ATTACHED).
+        """Opens a ticket: whoever shows the transfer id may write these blocks once, from when this returns. Errors:
+        FAILED_PRECONDITION (NOT_ATTACHED), UNAVAILABLE (KV_OWNER_UNREACHABLE: a mover does not answer).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
