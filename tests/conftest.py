@@ -158,12 +158,18 @@ def spans() -> Iterator[Receiver]:
 
 
 @pytest.fixture(scope="session")
-def mesh(tmp_path_factory: pytest.TempPathFactory, spans: Receiver) -> Iterator[RunningMesh]:
+def mesh_logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the services of the session's mesh log."""
+    return tmp_path_factory.mktemp("mesh-logs")
+
+
+@pytest.fixture(scope="session")
+def mesh(mesh_logs: Path, spans: Receiver) -> Iterator[RunningMesh]:
     """The session's mesh, in float32. With TOKENMESH_TEST_MESH=FILE an already running one is used instead."""
     if running := os.environ.get("TOKENMESH_TEST_MESH"):
         yield RunningMesh(load_config(Path(running)))
         return
-    with run_mesh(mesh_config(), tmp_path_factory.mktemp("mesh-logs")) as running_mesh:
+    with run_mesh(mesh_config(), mesh_logs) as running_mesh:
         yield running_mesh
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import grpc
 import httpx
@@ -12,6 +12,8 @@ import pytest
 from tests.conftest import RunningMesh
 from tests.refusals import inference
 from tokenmesh.v1 import inference_pb2, inference_pb2_grpc
+
+LOG_LINES = 40
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -53,3 +55,14 @@ def serves_on(mesh: RunningMesh) -> Iterator[None]:
         whole = inference_pb2.InferenceServiceGenerateRequest(request=inference())
         reply = inference_pb2_grpc.InferenceServiceStub(channel).Generate(whole, timeout=30)
     assert reply.choices[0].text == rest.json()["choices"][0]["text"]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Shows with a failure what the session's mesh logged last: the cause is rarely in the test."""
+    report = yield
+    logs = getattr(item, "funcargs", {}).get("mesh_logs")
+    if report.failed and logs is not None:
+        for log in sorted(logs.glob("*.log")):
+            report.sections.append((f"end of {log.name}", "\n".join(log.read_text().splitlines()[-LOG_LINES:])))
+    return report

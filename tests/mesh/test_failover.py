@@ -109,8 +109,7 @@ async def test_the_next_candidate_takes_over(mesh: RunningMesh, behaviour: Behav
     async with fake_prefill(behaviour) as (fake, address):
         # (1) The bad one is asked first, the good one saves the day.
         tokens, decision = await generate(mesh, ids, [address, mesh.prefill_address])
-        assert len(fake.calls) == 1
-        assert decision == sampling_pb2.PREFILL_DECISION_DISAGGREGATED
+        assert (len(fake.calls), decision) == (1, sampling_pb2.PREFILL_DECISION_DISAGGREGATED)
         assert tokens == truth
         # (2) Alone, the bad one costs a recompute, and the reason is recorded.
         tokens, decision = await generate(mesh, ids, [address])

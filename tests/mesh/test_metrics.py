@@ -126,10 +126,12 @@ def test_the_numbers_agree(loaded: dict[str, dict[str, Family]]) -> None:
     assert decisions == total(root, "tokenmesh_time_to_first_token_seconds_count") >= 8
     assert total(root, "tokenmesh_prefill_decisions_total", reason="too_short") >= 4
     # 2. Every disaggregated one (for some the prefill service may have been too busy) has one transfer, with bytes,
-    #    time and a transport that has a name.
+    #    time and a transport that has a name. A client may have gone once its KV had arrived, before the first token.
     moved = total(root, "tokenmesh_prefill_decisions_total", reason="disaggregated")
-    assert moved == total(root, "tokenmesh_kv_transfer_duration_seconds_count") >= 2
-    assert moved == total(root, "tokenmesh_remote_prefill_seconds_count", outcome="OK")
+    arrived = total(root, "tokenmesh_kv_transfer_duration_seconds_count")
+    cancelled = total(root, "tokenmesh_decode_requests_total", outcome="cancelled")
+    assert 2 <= moved <= arrived <= moved + cancelled
+    assert arrived == total(root, "tokenmesh_remote_prefill_seconds_count", outcome="OK")
     assert total(root, "tokenmesh_kv_transfer_duration_seconds_count", transport="unknown") == 0
     assert total(root, "tokenmesh_kv_transfer_duration_seconds_sum") > 0
     assert total(root, "tokenmesh_kv_transfer_bytes_total") > 1e6

@@ -36,6 +36,11 @@ _SERVERS_FAULT = frozenset(
 """As OpenTelemetry has it: with any other status the serving side did its work."""
 
 
+DEADLINE_SLACK_S = 0.2
+"""A client's clock starts before ours: its cancellation comes up to this long before we would have seen the deadline
+pass ourselves."""
+
+
 def _attributes(method: str) -> dict[str, Value]:
     return {names.RPC_SYSTEM: "grpc", names.RPC_METHOD: method}
 
@@ -83,7 +88,8 @@ class ServedCall:
             return grpc.StatusCode.INTERNAL
         # gRPC cancels the handler, whether the client went away or its deadline passed.
         left = self._context.time_remaining()
-        return grpc.StatusCode.DEADLINE_EXCEEDED if left is not None and left <= 0 else grpc.StatusCode.CANCELLED
+        late = left is not None and left <= DEADLINE_SLACK_S
+        return grpc.StatusCode.DEADLINE_EXCEEDED if late else grpc.StatusCode.CANCELLED
 
 
 def start_call(method: str, address: str) -> Span:

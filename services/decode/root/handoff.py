@@ -172,8 +172,6 @@ class HandOff:
             except MeshError as error:
                 self._metrics.attempt(error.reason.value, time.monotonic() - begun)
                 self.failures[error.reason.value] += 1
-                if error.code is grpc.StatusCode.UNAVAILABLE:
-                    self._down_since[address] = time.monotonic()
                 log.warning("remote prefill failed", prefill=address, reason=error.reason.value, error=error.message)
                 if error.code in _OUR_FAULT:
                     return False
@@ -217,6 +215,8 @@ class HandOff:
                 reply = await stub.Prefill(request, timeout=timeout, metadata=metadata)
         except grpc.aio.AioRpcError as error:
             call = MeshError.from_rpc(error)
+            if call.code is grpc.StatusCode.UNAVAILABLE:
+                self._down_since[address] = time.monotonic()
         finally:
             # Shielded: a cancelled request must not leave its ticket open.
             outcome = await asyncio.shield(owner.settle(transfer_id))
