@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 
-POLLING_NICENESS = 10
+POLLING_NICENESS = 19
 """Of the engine core's thread on CPUs."""
 
 
