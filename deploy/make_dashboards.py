@@ -234,6 +234,7 @@ def dashboards() -> dict[str, dict[str, Any]]:
             ),
             panel("Transfers", "ops", (rate(names.KV_TRANSFERS, "instance"), "{{instance}}")),
             panel("Failures by reason", "ops", (rate(names.KV_FAILURES, "reason"), "{{reason}}"), stacked=True),
+            panel("Messages dropped", "ops", (rate(names.KV_DROPPED, "reason"), "{{reason}}"), stacked=True),
             panel("Open", "short", (gauge(names.KV_OPEN, "instance"), "{{instance}}")),
         ),
     }

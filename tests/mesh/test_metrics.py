@@ -28,9 +28,10 @@ PROMPTS = (names.QUEUE_SECONDS, names.PROMPT_TOKENS, names.CACHED_TOKENS)
 SHOWN = {
     "gateway": (*ALWAYS, names.GATEWAY_REQUESTS),
     "prefill": (*ALWAYS, *KV, *BLOCKS, *PROMPTS, names.PREFILL_REQUESTS, names.PREFILL_SECONDS),
-    "decode-worker": (*ALWAYS, *KV),
+    "decode-worker": (*ALWAYS, *KV, names.KV_DROPPED),
     "decode-root": (
         *(*ALWAYS, *KV, *BLOCKS, *PROMPTS, names.DECODE_REQUESTS, names.DECISIONS, names.KV_FAILURES),
+        names.KV_DROPPED,
         *(names.REMOTE_PREFILL_SECONDS, names.KV_SECONDS, names.KV_EXPOSED_SECONDS, names.KV_GOODPUT),
         *(names.TTFT_SECONDS, names.ITL_SECONDS, names.GENERATED_TOKENS, names.EXCHANGE_SECONDS),
         *(names.RANK_ATTACHED, names.RANK_CONTEXT, names.RANK_SEQUENCES, names.RANK_SHARE, names.SHARED_STEPS),
@@ -129,7 +130,7 @@ def test_the_numbers_agree(loaded: dict[str, dict[str, Family]]) -> None:
     #    time and a transport that has a name. A client may have gone once its KV had arrived, before the first token.
     moved = total(root, "tokenmesh_prefill_decisions_total", reason="disaggregated")
     arrived = total(root, "tokenmesh_kv_transfer_duration_seconds_count")
-    cancelled = total(root, "tokenmesh_decode_requests_total", outcome="cancelled")
+    cancelled = total(root, "tokenmesh_decode_requests_total", outcome="aborted")
     assert 2 <= moved <= arrived <= moved + cancelled
     assert arrived == total(root, "tokenmesh_remote_prefill_seconds_count", outcome="OK")
     assert total(root, "tokenmesh_kv_transfer_duration_seconds_count", transport="unknown") == 0

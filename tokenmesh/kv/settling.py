@@ -39,7 +39,7 @@ class Settling:
         self._opening: dict[bytes, dict[int, asyncio.Future[Synced]]] = {}
         self._waiting: dict[bytes, dict[int, asyncio.Future[Settled]]] = {}
         self.dropped: Counter[str] = Counter()
-        """Messages that movers dropped, by reason; `probe` counts those that measured a pair."""
+        """Messages that movers dropped, by reason, less those that only measured a pair."""
 
     def note(self, message: Synced | Settled) -> None:
         """Takes a mover's answer."""
@@ -48,7 +48,7 @@ class Settling:
             if opening is not None and not opening.done():
                 opening.set_result(message)
             return
-        self.dropped.update(message.dropped)
+        self.dropped.update({reason: n for reason, n in message.dropped.items() if reason != "probe"})
         future = self._waiting.get(message.transfer_id, {}).get(message.shard)
         if future is not None and not future.done():
             future.set_result(message)

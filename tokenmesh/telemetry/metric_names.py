@@ -124,6 +124,15 @@ KV_TRANSFERS = Metric("tokenmesh_kv_transfers_total", "counter", "Transfers that
 KV_FAILURES = Metric(
     "tokenmesh_kv_transfer_failures_total", "counter", "Attempts at a remote prefill that failed.", ("reason",)
 )
+KV_DROPPED = Metric(
+    "tokenmesh_kv_messages_dropped_total",
+    "counter",
+    "Messages that an owner's movers did not take: damaged, repeated, late, or out of their ticket.",
+    ("reason",),
+    values=(
+        *("stray", "duplicate", "corrupt", "out_of_range", "undecodable", "too_long", "stalled", "bad_header"),
+    ),
+)
 KV_OPEN = Metric("tokenmesh_kv_transfers_open", "gauge", "Transfers under way.")
 
 # Ranks, as their root knows them. Rank 0 is the root; a prefill service and a root alone have only that one.

@@ -93,6 +93,7 @@ async def serve(mesh: MeshConfig, replica: int, stop: asyncio.Event) -> None:
         metric_names.DECODE_REQUESTS: lambda: servicer.requests.outcomes,
         metric_names.DECISIONS: lambda: {decision_name(name): n for name, n in servicer.decisions.items()},
         metric_names.KV_FAILURES: lambda: handoff.failures,
+        metric_names.KV_DROPPED: lambda: group.settling.dropped,
     }
     server.metrics.add(StatusCollector(describe, counters))
     if group.ranks:

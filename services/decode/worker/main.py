@@ -14,6 +14,7 @@ from tokenmesh.kv.messages import ToService
 from tokenmesh.lifecycle import RequestTable
 from tokenmesh.rpc.admin import AdminServicer
 from tokenmesh.rpc.server import RpcServer
+from tokenmesh.telemetry import metric_names
 from tokenmesh.telemetry.endpoint import serve_metrics, shifted
 from tokenmesh.telemetry.status_metrics import StatusCollector
 from tokenmesh.v1 import admin_pb2, worker_pb2, worker_pb2_grpc
@@ -52,7 +53,7 @@ async def serve(mesh: MeshConfig, replica: int, stop: asyncio.Event) -> None:
 
     # Requests are the root's; the table only knows whether we take work.
     AdminServicer(server, RequestTable(1), describe, leave=servicer.leave)
-    server.metrics.add(StatusCollector(describe))
+    server.metrics.add(StatusCollector(describe, {metric_names.KV_DROPPED: lambda: servicer.settling.dropped}))
     shards: ShardProcesses | None = None
 
     def route(message: ToService) -> None:

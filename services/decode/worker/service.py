@@ -74,7 +74,8 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         self._movers: dict[int, MoverReady] = {}
         self._states: dict[int, ShardState] = {}
         self._waiting: dict[tuple[type, int], asyncio.Future[Any]] = {}
-        self._settling = Settling()
+        self.settling = Settling()
+        """Tickets of this worker's movers, and what those dropped."""
         self._spans = TicketSpans()
         self._left = asyncio.Event()
 
@@ -102,7 +103,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
                 self._movers[message.shard] = message
                 self._resolve(message)
             case Synced() | Settled():
-                self._settling.note(message)
+                self.settling.note(message)
             case ShardState():
                 self._states[message.shard] = message
             case ShardUp() | ShardOpen() | ShardZeroed():
@@ -296,7 +297,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         self._spans.open(request.transfer_id, len(request.block_ids), at.rank)
         order = Expect(request.transfer_id, list(request.block_ids), codec)
         try:
-            await self._settling.open(self.shards.hub, dict.fromkeys(self.shards.numbers, order))
+            await self.settling.open(self.shards.hub, dict.fromkeys(self.shards.numbers, order))
         except MoverSilentError as error:
             raise unavailable(Reason.KV_OWNER_UNREACHABLE, str(error)) from error
         return worker_pb2.ExpectKvResponse()
@@ -306,7 +307,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     ) -> worker_pb2.SettleKvResponse:
         """See worker.proto."""
         at = self._of(request.decode_root_id)
-        outcome = await self._settling.settle(self.shards.hub, self.shards.numbers, request.transfer_id)
+        outcome = await self.settling.settle(self.shards.hub, self.shards.numbers, request.transfer_id)
         at.tickets.discard(request.transfer_id)
         self._spans.close(request.transfer_id, outcome)
         at.received_bytes += outcome.receipt.bytes
