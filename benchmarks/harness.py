@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 """The checkout."""
 
 FIGURES: dict[str, tuple[str, ...]] = {
-    "mesh": ("tok_s_ratio", "added_ms_per_token_p50", "ttft_ratio", "itl_ratio"),
+    "mesh": ("tok_s_ratio", "added_ms_per_token_p50", "ttft_ratio", "itl_ratio", "ttft_alone_ratio"),
     "tknp": (
         "speedup_2",
         "ideal_2",

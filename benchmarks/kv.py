@@ -222,7 +222,8 @@ def notes(some: Sequence[Race], alone: Costs, load: float) -> list[str]:
         f" {alone.checksum / 1e9:.0f} from memory, copy of staged bytes into scattered blocks {alone.copy / 1e9:.0f}"
         f" GB/s, {alone.message * 1e6:.0f} us per message, however small",
         "nixl: UCX backend, host memory, WRITE with notification, a descriptor per block, two transfers at a time, both"
-        " ends polling, no checksum; from the nixl-cu12 wheel without its dependencies, which needs no CUDA",
+        " ends polling, no checksum, memory in pages of 4 KiB like ours; from the nixl-cu12 wheel without its"
+        " dependencies, which needs no CUDA",
         "socket: sendall and recv_into of 8 MB, each transfer acknowledged",
         "sender on core 0, receiver on core 1, the benchmark sleeps meanwhile; a round of warm-up is not counted; order"
         " rotates; 1 MB = 2^20 bytes, GB = 10^9",

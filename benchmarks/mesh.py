@@ -1,11 +1,13 @@
 """The mesh against a plain vLLM server, on the same two cores: `make bench-mesh`.
 
-Two loads, each the same on both sides:
+Three loads, each the same on both sides:
 
 decode   Short prompts, which the decode root computes itself. The plain server's engine has the root's core. What the
          mesh adds is its gateway, the root's gRPC and the connector.
 prefill  Prompts that the mesh computes on its prefill service, on core 1, while the root decodes on core 0. The plain
          server's engine has both cores.
+alone    Such prompts, one at a time. The plain engine puts both cores to one prompt, the mesh one core: no way to share
+         out prompts brings TTFT below this ratio, as long as prefill and decode have a core each.
 """
 
 from __future__ import annotations
@@ -58,6 +60,8 @@ class Load:
 DECODE = Load("decode", 32, 64, 4, 16, "0", frozenset({"PREFILL_DECISION_TOO_SHORT"}))
 PREFILL_DECISIONS = frozenset({"PREFILL_DECISION_DISAGGREGATED", "PREFILL_DECISION_PREFILL_BUSY"})
 PREFILL = Load("prefill", 400, 32, 6, 18, "0-1", PREFILL_DECISIONS)
+ALONE = Load("alone", 400, 2, 1, 6, "0-1", frozenset({"PREFILL_DECISION_DISAGGREGATED"}))
+LOADS = (DECODE, PREFILL, ALONE)
 
 
 def small(load: Load) -> Load:
@@ -107,7 +111,9 @@ async def _run(load: Load, model: str, url: str, index: int) -> LoadResult:
     return await run_load(url, model, load.prompts(index), load.concurrency, load.output_tokens)
 
 
-def figures(decode: Sequence[Pair[Measured]], prefill: Sequence[Pair[Measured]]) -> dict[str, float]:
+def figures(
+    decode: Sequence[Pair[Measured]], prefill: Sequence[Pair[Measured]], alone: Sequence[Pair[Measured]]
+) -> dict[str, float]:
     """Medians over pairs; ratios are mesh / plain, and `added_ms_per_token_p50` is in milliseconds."""
 
     def over(pairs: Sequence[Pair[Measured]], combine: Callable[[LoadResult, LoadResult], float]) -> float:
@@ -118,6 +124,7 @@ def figures(decode: Sequence[Pair[Measured]], prefill: Sequence[Pair[Measured]])
         "added_ms_per_token_p50": over(decode, lambda mesh, plain: mesh.itl_ms() - plain.itl_ms()),
         "ttft_ratio": over(prefill, lambda mesh, plain: mesh.ttft_ms() / plain.ttft_ms()),
         "itl_ratio": over(prefill, lambda mesh, plain: mesh.itl_ms() / plain.itl_ms()),
+        "ttft_alone_ratio": over(alone, lambda mesh, plain: mesh.ttft_ms() / plain.ttft_ms()),
     }
 
 
@@ -161,7 +168,7 @@ def panels(decode: Sequence[Pair[Measured]], prefill: Sequence[Pair[Measured]]) 
     ]
 
 
-async def bench(pairs: int, loads: tuple[Load, Load], eager: bool, out: Path, notes: list[str]) -> int:
+async def bench(pairs: int, loads: Sequence[Load], eager: bool, out: Path, notes: list[str]) -> int:
     """Measures and writes the report. Returns the exit status: 1 if it measured something else than it should."""
     config, started_at, began = mesh_config(eager), commit(), time.monotonic()
     logs = (out / "mesh-logs").absolute()
@@ -196,7 +203,7 @@ async def bench(pairs: int, loads: tuple[Load, Load], eager: bool, out: Path, no
         commit=started_at,
     )
     path = report.write(out)
-    plot(out / "mesh.png", "mesh and plain vLLM, one point per pair, line: median", panels(*measured))
+    plot(out / "mesh.png", "mesh and plain vLLM, one point per pair, line: median", panels(*measured[:2]))
     for name, value in report.figures.items():
         print(f"{name:24} {value:8.3f}")
     for problem in wrong:
@@ -205,7 +212,7 @@ async def bench(pairs: int, loads: tuple[Load, Load], eager: bool, out: Path, no
     return 1 if wrong else 0
 
 
-def describe(loads: tuple[Load, Load], eager: bool, is_small: bool) -> list[str]:
+def describe(loads: Sequence[Load], eager: bool, is_small: bool) -> list[str]:
     """The report's notes."""
     notes = [
         f"{load.name}: {load.requests} prompts of {load.prompt_tokens} distinct random tokens, {load.concurrency} at a"
@@ -244,7 +251,7 @@ def main() -> int:
         parser.error(f"--pairs must be at least {MIN_PAIRS}")
     if not {0, 1} <= os.sched_getaffinity(0):
         parser.error("cores 0 and 1 are needed")
-    loads = (small(DECODE), small(PREFILL)) if options.small else (DECODE, PREFILL)
+    loads = [small(load) for load in LOADS] if options.small else LOADS
     notes = describe(loads, options.eager, options.small)
     return run_until_signal(bench(pairs, loads, options.eager, options.out, notes))
 

@@ -32,11 +32,10 @@ def mesh_config(eager: bool) -> MeshConfig:
     engine = {"kv_cache_memory_bytes": KV_BYTES, "enforce_eager": eager}
     sections: dict[str, Any] = {
         "gateway": {"port": rest, "grpc_port": rpc},
-        "prefill_service": {"port": prefill, "cpus": "1", "cpu_omp_threads_bind": "1", **engine},
+        "prefill_service": {"port": prefill, "cpu_omp_threads_bind": "1", **engine},
         # One rank: what a mesh adds to an engine is measured here, not what ranks add.
         "decode_service": {
             "port": decode,
-            "cpus": "0",
             "cpu_omp_threads_bind": "0",
             "token_parallel_size": 1,
             **engine,

@@ -264,7 +264,7 @@ async def test_client_refuses_incomplete_streams(ending: bytes, tokens: int, say
 
 
 def test_prompts_are_distinct_and_repeatable() -> None:
-    for load_ in (mesh.DECODE, mesh.PREFILL):
+    for load_ in mesh.LOADS:
         prompts = [prompt for pair in range(-1, 5) for prompt in load_.prompts(pair)]
         assert {len(prompt) for prompt in prompts} == {load_.prompt_tokens}
         assert len({tuple(prompt[:16]) for prompt in prompts}) == len(prompts)
@@ -285,7 +285,7 @@ async def test_figures_come_from_pairs() -> None:
 
         some = mesh.small(mesh.DECODE)
         pairs = await mesh.compare(some, "m", plain.url, slow.url, decider(*some.decisions), pairs=2, settle_s=0)
-        figures = mesh.figures(pairs, pairs)
+        figures = mesh.figures(pairs, pairs, pairs)
         assert set(figures) == set(FIGURES["mesh"])
         assert figures["tok_s_ratio"] == pytest.approx(0.5, abs=0.15)
         assert figures["added_ms_per_token_p50"] == pytest.approx(20, abs=10)

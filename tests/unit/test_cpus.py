@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from tokenmesh.config import ConfigError, MeshConfig, load_config
-from tokenmesh.cpus import confine, parse_cpus
+from tokenmesh.cpus import LEAST_WEIGHT, confine, parse_cpus, stand_back
 
 
 @pytest.mark.parametrize(
@@ -49,3 +50,21 @@ def test_cores_that_are_not_there_are_refused() -> None:
     with pytest.raises(ValueError, match="none of the cores"):
         confine("60000")
     assert os.sched_getaffinity(0) == before
+
+
+@pytest.mark.parametrize(("bind", "narrower"), [("CORE|CORE", True), ("auto", False), ("60000", False)])
+def test_one_thread_stands_back_and_no_other(bind: str, narrower: bool) -> None:
+    mine = os.sched_getaffinity(0)
+    core = min(mine)
+    seen: list[tuple[int, set[int]]] = []
+
+    def spin() -> None:
+        stand_back(bind.replace("CORE", str(core)))
+        seen.append((os.getpriority(os.PRIO_PROCESS, 0), os.sched_getaffinity(0)))
+
+    thread = threading.Thread(target=spin)
+    thread.start()
+    thread.join()
+    assert seen == [(LEAST_WEIGHT, {core} if narrower else mine)]
+    assert os.getpriority(os.PRIO_PROCESS, 0) < LEAST_WEIGHT
+    assert os.sched_getaffinity(0) == mine

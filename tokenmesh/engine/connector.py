@@ -23,6 +23,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 from vllm.platforms import current_platform
 
+from tokenmesh.cpus import stand_back
 from tokenmesh.engine.consumer import ConsumerScheduler, ConsumerWorker
 from tokenmesh.engine.producer import ProducerScheduler, ProducerWorker
 from tokenmesh.engine.settings import ConnectorSettings
@@ -37,10 +38,6 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 
-POLLING_NICENESS = 19
-"""Of the engine core's thread on CPUs."""
-
-
 class TokenParallelKVConnector(KVConnectorBase_V1):
     """See the module's docstring; method contracts are vLLM's."""
 
@@ -50,12 +47,12 @@ class TokenParallelKVConnector(KVConnectorBase_V1):
         block_size = vllm_config.cache_config.block_size
         self._scheduler: ProducerScheduler | ConsumerScheduler | None = None
         self._worker: ProducerWorker | ConsumerWorker | None = None
+        self._spins = False
+        """Whether this is the thread that spins until a step's end, and has not made way yet for those who compute."""
         producer = self._kv_transfer_config.is_kv_producer
         if role is KVConnectorRole.SCHEDULER:
             self._scheduler = (ProducerScheduler if producer else ConsumerScheduler)(settings, block_size)
-            if current_platform.is_cpu():
-                # vLLM polls for the end of a step here, which must not take time from those who compute it.
-                os.setpriority(os.PRIO_PROCESS, 0, POLLING_NICENESS)
+            self._spins = current_platform.is_cpu()
         else:
             self._worker = (ProducerWorker if producer else ConsumerWorker)(settings, vllm_config)
 
@@ -93,6 +90,10 @@ class TokenParallelKVConnector(KVConnectorBase_V1):
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         """vLLM's hook."""
+        if self._spins:
+            # Not sooner: the process's other threads, which pass tokens on, inherit from this one when they start.
+            stand_back(os.environ.get("VLLM_CPU_OMP_THREADS_BIND", ""))
+            self._spins = False
         return self.scheduler.plan_step(scheduler_output)
 
     def get_kv_connector_stats(self) -> None:

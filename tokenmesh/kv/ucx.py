@@ -11,6 +11,7 @@ UCX reads its environment on import: set it first (see `transports`), then impor
 from __future__ import annotations
 
 import asyncio
+import os
 import secrets
 import time
 from collections.abc import Awaitable, Callable
@@ -26,8 +27,8 @@ from tokenmesh.kv.memory import Buffer
 
 log = structlog.get_logger()
 
-SPIN_S = 0.002
-"""How long to poll on after the last completion while bulk requests are open."""
+SPIN_S = 0.0005
+"""How long to poll on after the last progress while bulk requests are open."""
 
 _HELLO_BYTES = 8
 
@@ -85,7 +86,7 @@ class UcxWorker:
         self._loop = asyncio.get_running_loop()
         self._open: dict[Any, tuple[asyncio.Future[None], Buffer, bool]] = {}
         self._bulk = 0
-        self._last_completion = 0.0
+        self._last_progress = 0.0
         self._scheduled = False
         self._listeners: list[Any] = []
         self._accepting: set[asyncio.Task[None]] = set()
@@ -102,20 +103,25 @@ class UcxWorker:
     def _turn(self) -> None:
         """One round: progress, completions, and then either another round or sleep until UCX has an event."""
         self._scheduled = False
-        self.progress()
-        spinning = self._bulk and time.monotonic() - self._last_completion < SPIN_S
+        moved = self.progress()
+        spinning = self._bulk and time.monotonic() - self._last_progress < SPIN_S
+        if spinning and not moved:
+            # Somebody may be computing on this very core, the prompt whose KV this is for one.
+            os.sched_yield()
         # arm() refuses while events are pending; then there is more to progress.
         if spinning or not self._worker.arm():
             self._wake()
 
-    def progress(self) -> None:
-        """Lets UCX work and resolves the futures of finished requests."""
-        self._worker.progress()
+    def progress(self) -> bool:
+        """Lets UCX work and resolves the futures of finished requests. Returns whether there was anything to do."""
+        moved = bool(self._worker.progress_once())
+        if moved:
+            self._worker.progress()
+            self._last_progress = time.monotonic()
         finished = [request for request in self._open if request.completed]
         for request in finished:
             future, _, bulk = self._open.pop(request)
             self._bulk -= bulk
-            self._last_completion = time.monotonic()
             if future.done():
                 continue
             try:
@@ -125,6 +131,7 @@ class UcxWorker:
                 future.set_exception(kind(f"{type(error).__name__}: {error}"))
             else:
                 future.set_result(None)
+        return moved
 
     def refused(self, why: str) -> asyncio.Future[None]:
         """A request that is not made, as a future that has failed."""
@@ -150,7 +157,7 @@ class UcxWorker:
         self._open[request] = (future, buffer, bulk)
         self._bulk += bulk
         if bulk:
-            self._last_completion = time.monotonic()
+            self._last_progress = time.monotonic()
         self._wake()
 
     # Connections.

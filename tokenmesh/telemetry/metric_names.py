@@ -129,9 +129,7 @@ KV_DROPPED = Metric(
     "counter",
     "Messages that an owner's movers did not take: damaged, repeated, late, or out of their ticket.",
     ("reason",),
-    values=(
-        *("stray", "duplicate", "corrupt", "out_of_range", "undecodable", "too_long", "stalled", "bad_header"),
-    ),
+    values=(*("stray", "duplicate", "corrupt", "out_of_range", "undecodable", "too_long", "stalled", "bad_header"),),
 )
 KV_OPEN = Metric("tokenmesh_kv_transfers_open", "gauge", "Transfers under way.")
 
