@@ -6,7 +6,7 @@ import asyncio
 import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,6 +104,15 @@ class RunningMesh:
             counts[f"{name} blocks"] = status.blocks_total - status.blocks_free
             counts[f"{name} transfers"] = status.kv_open
         return counts
+
+    async def until(self, condition: Callable[[dict[str, int]], bool]) -> dict[str, int]:
+        """Polls what is held until it is as wanted, and returns it. Raises AssertionError."""
+        for _ in range(500):
+            held = await asyncio.to_thread(self.held)
+            if condition(held):
+                return held
+            await asyncio.sleep(0.01)
+        raise AssertionError(held)
 
     def wait_idle(self, timeout: float = 10.0) -> dict[str, int]:
         """Polls until nothing is held, and returns what is held at the end."""

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -55,16 +55,6 @@ async def goes_away(mesh: RunningMesh) -> AsyncIterator[Gone]:
     assert seconds <= PATIENCE_S, trace
     assert not held, trace
     assert await asyncio.to_thread(_aborted, mesh) > before
-
-
-async def until(mesh: RunningMesh, condition: Callable[[dict[str, int]], bool]) -> dict[str, int]:
-    """Polls what is held until it is as wanted."""
-    for _ in range(500):
-        held = await asyncio.to_thread(mesh.held)
-        if condition(held):
-            return held
-        await asyncio.sleep(0.01)
-    raise AssertionError(held)
 
 
 def rest_body(mesh: RunningMesh, text: str | list[int] = "The sky is", **change: Any) -> dict[str, Any]:
@@ -116,7 +106,7 @@ async def test_rest_answer_not_waited_for(mesh: RunningMesh) -> None:
     # Not streamed: nothing has been sent when the client goes.
     async with goes_away(mesh) as gone, httpx.AsyncClient(base_url=mesh.rest_url, timeout=30) as client:
         task = asyncio.create_task(client.post("/v1/completions", json=rest_body(mesh, stream=False)))
-        await until(mesh, lambda held: held["root blocks"] > 0)
+        await mesh.until(lambda held: held["root blocks"] > 0)
         gone.leave()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -132,7 +122,7 @@ async def test_rest_two_choices(mesh: RunningMesh) -> None:
     ):
         lines = response.aiter_lines()
         await anext(lines)
-        await until(mesh, lambda held: held["root requests"] == 2)
+        await mesh.until(lambda held: held["root requests"] == 2)
         gone.leave()
         await response.aclose()
 
@@ -153,7 +143,7 @@ async def test_grpc_whole_answer_cancelled(mesh: RunningMesh) -> None:
     async with goes_away(mesh) as gone, grpc.aio.insecure_channel(mesh.grpc_address) as channel:
         whole = inference_pb2.InferenceServiceGenerateRequest(request=grpc_request())
         call = inference_pb2_grpc.InferenceServiceStub(channel).Generate(whole)
-        await until(mesh, lambda held: held["root blocks"] > 0)
+        await mesh.until(lambda held: held["root blocks"] > 0)
         gone.leave()
         assert call.cancel()
 
@@ -197,7 +187,7 @@ async def test_client_goes_while_its_prompt_is_prefilled_remotely(mesh: RunningM
             "prefill requests": 1,
             "prefill transfers": 1,
         }
-        await until(mesh, lambda held: held["prefill blocks"] > 0 and here.items() <= held.items())
+        await mesh.until(lambda held: held["prefill blocks"] > 0 and here.items() <= held.items())
         # (3) The client goes. What is left of the prompt must not be computed.
         gone.leave()
         call.cancel()

@@ -12,7 +12,6 @@ import grpc
 import pytest
 
 from tests.conftest import RunningMesh, free_port
-from tests.mesh.test_cancel import until
 from tokenmesh.rpc.errors import MeshError, Reason, unavailable
 from tokenmesh.rpc.server import RpcServer
 from tokenmesh.v1 import decode_pb2, decode_pb2_grpc, kv_pb2, prefill_pb2, prefill_pb2_grpc, sampling_pb2
@@ -140,7 +139,7 @@ async def test_cancelling_while_a_prefill_stalls(mesh: RunningMesh) -> None:
         # (1) The root waits for a prefill that never ends.
         task = asyncio.create_task(generate(mesh, prompt(300, seed=4), [address]))
         await asyncio.wait_for(fake.called.wait(), 10)
-        await until(mesh, lambda held: held["root blocks"] == 3)
+        await mesh.until(lambda held: held["root blocks"] == 3)
         # (2) The client goes away; so does the call, and the blocks are free again.
         task.cancel()
         await asyncio.wait_for(fake.cancelled.wait(), 1)
