@@ -123,11 +123,12 @@ def test_decode_root_refuses_a_live_request_id(mesh: RunningMesh, length: int) -
         # (1) A request that lives.
         stub = decode_pb2_grpc.DecodeServiceStub(channel)
         ids = prompt(length, seed=secrets.randbits(32))
-        live = stub.Generate(_decode(ids, "twice", max_tokens=200, ignore_eos=True), timeout=30)
+        name = f"twice-{length}"
+        live = stub.Generate(_decode(ids, name, max_tokens=200, ignore_eos=True), timeout=30)
         next(live)
 
         # (2) A second one with its id is refused.
-        got = refusal(lambda: stub.Generate(_decode(ids, "twice"), timeout=10))
+        got = refusal(lambda: stub.Generate(_decode(ids, name), timeout=10))
         assert (got.code, got.reason) == (grpc.StatusCode.ALREADY_EXISTS, Reason.DUPLICATE_REQUEST)
 
         # (3) The first is not disturbed.
@@ -139,9 +140,9 @@ def test_decode_root_refuses_a_live_request_id(mesh: RunningMesh, length: int) -
 def test_decode_root_second_request_does_not_disturb_the_first_ones_prefill(mesh: RunningMesh) -> None:
     with grpc.insecure_channel(mesh.root_address) as channel:
         stub = decode_pb2_grpc.DecodeServiceStub(channel)
-        for _ in range(3):
+        for number in range(3):
             # (1) Both at once, so that the second comes before the engine has asked for the first one's KV.
-            request = _decode(prompt(200, seed=secrets.randbits(32)), "twice")
+            request = _decode(prompt(200, seed=secrets.randbits(32)), f"both-{number}")
             calls = [stub.Generate(request, timeout=10) for _ in range(2)]
             # (2) One is refused, the other is prefilled remotely as ever.
             decisions = []
