@@ -6,8 +6,8 @@ decode   Short prompts, which the decode root computes itself. The plain server'
          mesh adds is its gateway, the root's gRPC and the connector.
 prefill  Prompts that the mesh computes on its prefill service, on core 1, while the root decodes on core 0. The plain
          server's engine has both cores.
-alone    Such prompts, one at a time. The plain engine puts both cores to one prompt, the mesh one core. No bound for the
-         load above: where prompts queue, two that are computed side by side make up for some of it.
+alone    Such prompts, one at a time. The plain engine puts both cores to one prompt, the mesh one core. That bounds
+         nothing above: where prompts queue, two that are computed side by side make up for some of it.
 """
 
 from __future__ import annotations
