@@ -21,6 +21,9 @@ import yaml
 
 from benchmarks.harness import median
 from services.decode.root.group import Group
+from tokenmesh.cli.child import Child
+from tokenmesh.cli.serve import ServiceRole
+from tokenmesh.cli.status import Endpoint
 from tokenmesh.config import MeshConfig
 from tokenmesh.engine.host import EngineHost, run_engine
 from tokenmesh.engine.settings import FetchFrom
@@ -59,6 +62,7 @@ class EngineGroup:
     def __init__(self, engine: EngineHost, group: Group) -> None:
         self.engine = engine
         self.group = group
+        self.workers: list[Child] = []
         self.times: list[StepTimes] = []
         """What engine workers reported, oldest first."""
 
@@ -113,10 +117,11 @@ async def engine_group(config: MeshConfig, folder: Path) -> AsyncIterator[Engine
                 group.handle(message)
 
     async with AsyncExitStack() as stack:
-        await _start_workers(config, file, stack)
+        workers = await _start_workers(config, file, stack)
         path = await asyncio.to_thread(resolve_model, config.model)
         engine = await stack.enter_async_context(run_engine(config, config.decode_service, path, 0, handle))
         running = EngineGroup(engine, group)
+        running.workers = workers
         await group.start(engine)
         stack.push_async_callback(group.close)
         await _all_attached(running)
@@ -127,19 +132,16 @@ async def engine_group(config: MeshConfig, folder: Path) -> AsyncIterator[Engine
         yield running
 
 
-async def _start_workers(config: MeshConfig, file: Path, stack: AsyncExitStack) -> None:
+async def _start_workers(config: MeshConfig, file: Path, stack: AsyncExitStack) -> list[Child]:
     """Starts the decode workers of a mesh file, for as long as the stack is open."""
-    if not config.worker_addresses(0):
-        return
-    from tokenmesh.cli.child import Child
-    from tokenmesh.cli.serve import ServiceRole
-    from tokenmesh.cli.status import Endpoint
-
+    children = []
     for replica, address in enumerate(config.worker_addresses(0)):
         command = [sys.executable, "-m", "tokenmesh.cli.main", "serve", "decode-worker", "-c", str(file)]
         endpoint = Endpoint(ServiceRole.DECODE_WORKER, replica, address)
         child = Child(endpoint, [*command, "--replica", str(replica)], file.parent / f"{endpoint.name}.log")
         stack.push_async_callback(child.stop, asyncio.Event())
+        children.append(child)
+    return children
 
 
 async def _all_attached(running: EngineGroup) -> None:

@@ -88,6 +88,9 @@ class EngineConfig(_Section):
     enable_prefix_caching: bool = True
     enforce_eager: bool = False
     seed: int = 0
+    gpus: CpuList | None = None
+    """GPUs of this service by CUDA's numbers, e.g. ``0-3``, for services that share a host: replica i has the i-th
+    ``tensor_parallel_size`` of them. Absent: what CUDA_VISIBLE_DEVICES says."""
     cpus: CpuList | None = None
     """Cores of all processes of this service, as a cpuset would give them, e.g. ``0-15``. For services that share a
     host; absent: all. Threads that compute are bound within it by ``cpu_omp_threads_bind``."""
@@ -134,11 +137,12 @@ class GroupConfig(_Section):
 
     workers: tuple[str, ...] | None = None
     """host:port of the root's decode workers, rank 1 first. Absent: those of ``decode_worker``."""
-    exchange: Literal["ucx", "local"] = "ucx"
-    """How rows travel. ``local``: the ranks live inside the root's own process, for tests and measurements; on a GPU
-    they share its KV cache, each with a slice of its own. On GPUs only ``local`` works in this version."""
+    exchange: Literal["ucx", "nccl", "local"] = "ucx"
+    """How rows travel. ``ucx``: between hosts' memories. ``nccl``: between GPUs, of which every rank has its own.
+    ``local``: the ranks live inside the root's own process, for tests and measurements; on a GPU they share its KV
+    cache, each with a slice of its own."""
     transport: Literal["auto", "shm", "tcp", "system"] = "auto"
-    """UCX transport of the rows; as in kv_transfer."""
+    """UCX transport of the rows, and with ``nccl`` of what hosts tell each other; as in kv_transfer."""
     timeout_s: Annotated[float, Field(gt=0)] = 5.0
     """A rank that is silent for longer within a step is given up and its sequences are computed again elsewhere."""
     placement: Literal["balance", "hash"] = "balance"
@@ -165,6 +169,8 @@ class DecodeWorkerConfig(_Section):
     """HTTP port of replica 0's ``/metrics``, as for engines."""
     kv_cache_memory_bytes: Annotated[int, Field(ge=1)] = 1 << 30
     """Size of each shard's partition."""
+    gpus: CpuList | None = None
+    """GPUs of this service, as for engines."""
     cpus: CpuList | None = None
     """Cores of all processes of this service, as for engines."""
     cpu_omp_threads_bind: str | None = None
@@ -178,8 +184,6 @@ class DecodeWorkerConfig(_Section):
 
     @model_validator(mode="after")
     def _receives(self) -> DecodeWorkerConfig:
-        if self.kv_transfer.transport == "none":
-            raise ValueError("decode_worker.kv_transfer.transport must not be none: its KV comes from elsewhere")
         if self.kv_transfer.codec != "none":
             raise ValueError("decode_worker.kv_transfer.codec is set in decode_service: the root asks")
         return self
@@ -201,8 +205,6 @@ class DecodeConfig(EngineConfig):
     def _consumer(self) -> DecodeConfig:
         if self.kv_transfer.role == "kv_producer":
             raise ValueError("decode_service.kv_transfer.role must be kv_consumer")
-        if self.kv_transfer.transport == "none" and self.token_parallel_size > 1 and self.group.exchange != "local":
-            raise ValueError("decode_service.kv_transfer.transport: none needs group.exchange: local or one rank")
         return self
 
 
@@ -313,6 +315,15 @@ class MeshConfig(BaseSettings):
             other = getattr(self, name).model
             if other is not None and other != self.model:
                 raise ValueError(f"{name}.model is {other!r}, but the mesh serves {self.model!r}")
+        return self
+
+    @model_validator(mode="after")
+    def _all_receive(self) -> MeshConfig:
+        transports = self.decode_service.kv_transfer.transport, self.decode_worker.kv_transfer.transport
+        if self.workers_per_root and transports[1] == "none" != transports[0]:
+            raise ValueError(
+                "decode_worker.kv_transfer.transport is none, but decode_service has KV moved to its ranks; set both"
+            )
         return self
 
     @property

@@ -1,14 +1,24 @@
-"""Greedy tokens of one engine that has the GPU for itself: engine_tokens.py MODEL RANKS EAGER FILE."""
+"""Greedy tokens of one engine that has its GPUs for itself: engine_tokens.py MODEL RANKS EXCHANGE EAGER KILL FILE."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from tokenmesh.config import MeshConfig
+
+if TYPE_CHECKING:
+    from benchmarks.engine_group import Stream
 
 NEW_TOKENS = 32
 STEP_TOKENS = 512
@@ -61,19 +71,17 @@ def prompts(model: str) -> list[list[int]]:
     return [*result, result[12], result[20], result[22]]
 
 
-async def generate(model: str, ranks: int, eager: bool, file: Path) -> None:
-    """Greedy tokens of all prompts, twice, and the most sequences that lived on a rank other than the root."""
-    from benchmarks.engine_group import engine_group
-    from tokenmesh.config import MeshConfig
-
-    config = MeshConfig(
+def config(model: str, ranks: int, exchange: str, eager: bool) -> MeshConfig:
+    """A root on the first GPU, and with NCCL every rank on the next; if there is but one, they share it."""
+    gpus = torch.cuda.device_count()
+    return MeshConfig(
         model=model,
         dtype="bfloat16",
         max_model_len=4096,
         prefill_service={"replicas": 0},
         decode_service={
             "token_parallel_size": ranks,
-            "group": {"exchange": "local"},
+            "group": {"exchange": exchange},
             "kv_transfer": {"transport": "none"},
             "enforce_eager": eager,
             "max_num_batched_tokens": STEP_TOKENS,
@@ -81,23 +89,47 @@ async def generate(model: str, ranks: int, eager: bool, file: Path) -> None:
             "kv_cache_memory_bytes": 2 << 30,
             "engine_args": {"attention_config": {"backend": "FLASH_ATTN"}},
         },
+        decode_worker={
+            "gpus": "1" if gpus > 1 else "0",
+            "kv_cache_memory_bytes": 2 << 30,
+            "kv_transfer": {"transport": "none"},
+        },
     )
-    most = 0
+
+
+async def generate(mesh: MeshConfig, kill: bool, file: Path) -> None:
+    """Greedy tokens of all prompts, twice, and the most sequences that lived on a rank other than the root.
+
+    `kill`: in the second wave rank 1 is killed, as soon as sequences decode there.
+    """
+    from benchmarks.engine_group import engine_group
+
+    most, killed = 0, False
     with tempfile.TemporaryDirectory(prefix="tokenmesh-test-") as folder:
-        async with engine_group(config, Path(folder)) as running:
+        try:
+            async with engine_group(mesh, Path(folder)) as running:
 
-            async def look() -> None:
-                nonlocal most
-                while True:
-                    most = max([most, *(entry.sequences for entry in running.engine.counts.ranks if entry.rank)])
-                    await asyncio.sleep(0.005)
+                async def look() -> None:
+                    nonlocal most, killed
+                    while True:
+                        now = max([0, *(entry.sequences for entry in running.engine.counts.ranks if entry.rank)])
+                        most = max(most, now)
+                        if kill and waves and now >= 8 and not killed:
+                            killed = True
+                            os.killpg(running.workers[0].pid, signal.SIGKILL)
+                        await asyncio.sleep(0.005)
 
-            watch = asyncio.create_task(look())
-            # The second time every prompt finds its prefix.
-            waves = [await running.generate(prompts(model), NEW_TOKENS) for _ in range(2)]
-            watch.cancel()
+                waves: list[list[Stream]] = []
+                watch = asyncio.create_task(look())
+                # The second time every prompt finds its prefix, on the ranks that are left.
+                for _ in range(2):
+                    waves.append(await running.generate(prompts(mesh.model), NEW_TOKENS))
+                watch.cancel()
+        finally:
+            for log in Path(folder).glob("*.log"):
+                print(f"--- {log.name}\n{log.read_text(errors='replace')[-6000:]}", file=sys.stderr)
     tokens = [stream.tokens for wave in waves for stream in wave]
-    file.write_text(json.dumps({"tokens": tokens, "most": most}))
+    file.write_text(json.dumps({"tokens": tokens, "most": most, "killed": killed}))
 
 
 def agreement(first: Sequence[Sequence[int]], second: Sequence[Sequence[int]]) -> tuple[int, int]:
@@ -111,4 +143,5 @@ def agreement(first: Sequence[Sequence[int]], second: Sequence[Sequence[int]]) -
 
 
 if __name__ == "__main__":
-    asyncio.run(generate(sys.argv[1], int(sys.argv[2]), sys.argv[3] == "1", Path(sys.argv[4])))
+    name, size, how, without_graphs, with_kill, target = sys.argv[1:]
+    asyncio.run(generate(config(name, int(size), how, without_graphs == "1"), with_kill == "1", Path(target)))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from tokenmesh.engine import gpu_kernels
-from tokenmesh.engine.gpu_rows import PackedRows, SplitRows, pack_reference, split_reference, unpack_reference
+from tokenmesh.engine.gpu import kernels
+from tokenmesh.engine.gpu.rows import PackedRows, SplitRows, pack_reference, split_reference, unpack_reference
 from tokenmesh.parallel.ids import STRIDE
 
 RANKS = (2, 3, 5)
@@ -26,7 +26,7 @@ def check_split(ranks: int) -> None:
         lens = torch.randint(0, width * block + 1, (count,), generator=generator).int()
         slots = torch.randint(-1, 1000, (count + 7,), generator=generator)
         arguments = [tensor.to(device) for tensor in (table, lens, slots)]
-        gpu_kernels.split(*arguments, ours)
+        kernels.split(*arguments, ours)
         split_reference(*arguments, theirs)
         # (2) Both buffers hold the same after each, what earlier steps left behind included.
         for name in ("rows", "starts", "seq_lens", "slots", "tables"):
@@ -47,14 +47,14 @@ def check_pack_and_unpack(heads: int, kv_heads: int, size: int) -> None:
     parts = qkv.split([heads * size, kv_heads * size, kv_heads * size], dim=-1)
     query, key, value = (part.view(most, -1, size) for part in parts)
     ours, theirs = (PackedRows(2, most, heads, kv_heads, size, torch.bfloat16, device) for _ in range(2))
-    gpu_kernels.pack(query, key, value, rows, ours)
+    kernels.pack(query, key, value, rows, ours)
     pack_reference(query, key, value, rows, theirs)
     assert torch.equal(ours.packed, theirs.packed)
     # (2) Attention comes back into its rows, and no others.
     ours.output.copy_(torch.randn_like(ours.output))
     theirs.output.copy_(ours.output)
     first, second = (torch.zeros(most, heads, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    gpu_kernels.unpack(rows, ours, first)
+    kernels.unpack(rows, ours, first)
     unpack_reference(rows, theirs, second)
     assert torch.equal(first, second)
     assert not first[count:].any()

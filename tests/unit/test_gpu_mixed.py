@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from tokenmesh.engine.gpu_attention import TokenParallelFlashBuilder
+from tokenmesh.engine.gpu.attention import TokenParallelFlashBuilder
 from tokenmesh.parallel.ids import STRIDE
 
 BLOCK = 4

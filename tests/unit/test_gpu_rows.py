@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenmesh.engine.gpu_ranks import DeviceRanks
-from tokenmesh.engine.gpu_rows import PackedRows, SplitRows, pack_reference, split_reference, unpack_reference
+from tokenmesh.engine.gpu.ranks import DeviceRanks
+from tokenmesh.engine.gpu.rows import PackedRows, SplitRows, pack_reference, split_reference, unpack_reference
 from tokenmesh.parallel.ids import STRIDE
 from tokenmesh.parallel.partition import local_blocks, split_blocks
 

@@ -14,6 +14,7 @@ import uvloop
 
 from tokenmesh.config import ConfigError, MeshConfig, load_config
 from tokenmesh.cpus import confine
+from tokenmesh.gpus import show_gpus
 from tokenmesh.logs import setup_logging
 from tokenmesh.model_store import ModelNotFoundError
 from tokenmesh.rpc.server import PortInUseError
@@ -48,6 +49,7 @@ def serve(role: ServiceRole, config: Path | None, replica: int) -> int:
         return 2
     try:
         confine(_cpus(mesh, role))
+        show_gpus(*_gpus(mesh, role), replica)
     except ValueError as error:
         print(f"tokenmesh: {role.value}: {error}", file=sys.stderr)
         return 2
@@ -85,3 +87,16 @@ def _cpus(mesh: MeshConfig, role: ServiceRole) -> str | None:
             return mesh.decode_worker.cpus
         case ServiceRole.GATEWAY:
             return None
+
+
+def _gpus(mesh: MeshConfig, role: ServiceRole) -> tuple[str | None, int]:
+    """(GPUs of all replicas, how many one has)."""
+    match role:
+        case ServiceRole.PREFILL:
+            return mesh.prefill_service.gpus, mesh.prefill_service.tensor_parallel_size
+        case ServiceRole.DECODE_ROOT:
+            return mesh.decode_service.gpus, mesh.decode_service.tensor_parallel_size
+        case ServiceRole.DECODE_WORKER:
+            return mesh.decode_worker.gpus, mesh.decode_service.tensor_parallel_size
+        case ServiceRole.GATEWAY:
+            return None, 0

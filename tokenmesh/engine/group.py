@@ -20,7 +20,8 @@ from tokenmesh.parallel.peer import RankPeer
 from tokenmesh.parallel.plan import IntArray
 
 if TYPE_CHECKING:
-    from tokenmesh.engine.gpu_ranks import DeviceRanks
+    from tokenmesh.engine.gpu.peer import PeerWatch
+    from tokenmesh.engine.gpu.ranks import DeviceRanks
 
 log = structlog.get_logger()
 
@@ -52,7 +53,9 @@ class RankGroup:
         """Other ranks take part in the current step."""
         self.times = _Times()
         self.device: DeviceRanks | None = None
-        """The ranks on the root's own GPU, which are not peers; None on CPUs."""
+        """On GPUs, whose ranks are not peers here: who owns what."""
+        self.watch: PeerWatch | None = None
+        """The ranks on other GPUs, as soon as there is one."""
 
     def number_layers(self, names: list[str], layers: Mapping[str, Any]) -> None:
         """Tells every attention layer its number, as `rank_layer`."""
@@ -70,6 +73,8 @@ class RankGroup:
 
     def drop(self, rank: int, epoch: int | None = None) -> None:
         """Gives a rank up, unless another epoch of it is here by now. Unknown: nothing."""
+        if self.watch is not None:
+            self.watch.drop(rank, epoch)
         known = self._peers.get(rank)
         if known is not None and epoch in (None, known[0]):
             del self._peers[rank]
@@ -78,7 +83,7 @@ class RankGroup:
     def take_lost(self) -> dict[tuple[int, int], str]:
         """(rank, epoch) → why, of ranks lost since last asked."""
         lost, self._lost = self._lost, {}
-        return lost
+        return lost if self.watch is None else self.watch.take_lost()
 
     def begin(
         self, shares: list[tuple[int, torch.Tensor | slice]], plans: list[tuple[IntArray, IntArray, IntArray]]

@@ -136,6 +136,7 @@ async def run_engine(
             cpus=sorted(os.sched_getaffinity(0)),
             remote_prefill_min_tokens=section.remote_prefill_min_tokens if isinstance(section, DecodeConfig) else 1,
             placement=section.group.placement if isinstance(section, DecodeConfig) else "balance",
+            ranks=section.token_parallel_size if isinstance(section, DecodeConfig) else 1,
             device_ranks=device_ranks,
             root_share=root_share,
         )
@@ -199,26 +200,26 @@ def token_parallel_args(section: DecodeConfig) -> dict[str, Any]:
     """vLLM's arguments that make an engine the root of a group; none for a group of one."""
     if section.token_parallel_size == 1:
         return {}
+    from vllm.platforms import current_platform
+
     group = section.group
-    if ranks_on_device(section) > 1:
+    if current_platform.is_cpu():
         values: dict[str, Any] = {
-            "worker_cls": "tokenmesh.engine.gpu_worker.TokenParallelGpuWorker",
+            "worker_cls": "tokenmesh.engine.worker.TokenParallelCpuWorker",
+            "scheduler_cls": "tokenmesh.engine.scheduler.TokenParallelScheduler",
+        }
+    else:
+        values = {
+            "worker_cls": "tokenmesh.engine.gpu.worker.TokenParallelGpuWorker",
             "scheduler_cls": "tokenmesh.engine.scheduler.AsyncTokenParallelScheduler",
             "attention_config": {"backend": "FLASH_ATTN"},
-            "additional_config": compiled_apart(section),
         }
-        if group.kv_blocks is not None:
-            values["num_gpu_blocks_override"] = group.kv_blocks + 1
-        return values
-    values = {
-        "worker_cls": "tokenmesh.engine.worker.TokenParallelCpuWorker",
-        "scheduler_cls": "tokenmesh.engine.scheduler.TokenParallelScheduler",
-        "additional_config": compiled_apart(section),
-    }
+    values["additional_config"] = compiled_apart(section)
     if group.kv_blocks is not None:
         # One more: vLLM sets its first block aside.
+        here = ranks_on_device(section) > 1
         blocks = split_blocks(group.kv_blocks, section.token_parallel_size, group.root_share)
-        values["num_gpu_blocks_override"] = blocks[0] + 1
+        values["num_gpu_blocks_override"] = (group.kv_blocks if here else blocks[0]) + 1
     return values
 
 
@@ -231,19 +232,25 @@ def compiled_apart(section: EngineConfig) -> dict[str, Any]:
 
 
 def ranks_on_device(section: EngineConfig) -> int:
-    """Ranks that share the KV tensors of one GPU, the root included; 1 on CPUs, whose ranks have their own."""
+    """Ranks that share the KV tensors of one GPU, the root included; 1 where ranks have their own."""
     from vllm.platforms import current_platform
 
-    if current_platform.is_cpu() or not isinstance(section, DecodeConfig):
+    if current_platform.is_cpu() or not isinstance(section, DecodeConfig) or section.group.exchange != "local":
         return 1
     return section.token_parallel_size
 
 
 def check_platform(section: EngineConfig) -> None:
-    """Raises ConfigError for what does not work on GPUs yet."""
+    """Raises ConfigError for what does not work on CPUs, or on GPUs yet."""
     from vllm.platforms import current_platform
 
+    grouped = isinstance(section, DecodeConfig) and section.token_parallel_size > 1
+    exchange = section.group.exchange if isinstance(section, DecodeConfig) else ""
     if current_platform.is_cpu():
+        if grouped and exchange == "nccl":
+            raise ConfigError(
+                "decode_service.group.exchange: nccl connects GPUs, and this host has none; set it to ucx"
+            )
         return
     name = "decode_service" if isinstance(section, DecodeConfig) else "prefill_service"
     if section.kv_transfer.transport != "none":
@@ -251,10 +258,10 @@ def check_platform(section: EngineConfig) -> None:
             f"{name}.kv_transfer.transport: {section.kv_transfer.transport} moves KV from and into CPU memory only, in"
             " this version; on GPUs set it to none, and prompts are computed where they are decoded"
         )
-    if isinstance(section, DecodeConfig) and section.token_parallel_size > 1 and section.group.exchange != "local":
+    if grouped and exchange == "ucx":
         raise ConfigError(
-            f"decode_service.group.exchange: {section.group.exchange} reaches ranks on CPUs only, in this version; on"
-            " GPUs set it to local, or token_parallel_size to 1"
+            "decode_service.group.exchange: ucx reaches ranks on CPUs only; on GPUs set it to nccl, or to local for"
+            " ranks on the root's own"
         )
 
 

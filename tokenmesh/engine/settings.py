@@ -39,6 +39,8 @@ class ConnectorSettings(msgspec.Struct, frozen=True):
     """Consumers only: fewer missing prompt tokens are computed locally."""
     placement: Policy = "balance"
     """Consumers only: how sequences are spread over ranks."""
+    ranks: int = 1
+    """Consumers only: ranks of the group, the root included."""
     device_ranks: int = 1
     """Consumers only: ranks that share the root's GPU and its KV tensors, the root included."""
     root_share: float = 1.0

@@ -110,6 +110,9 @@ class RankProtocol:
             return self._take_body()
         return self._attend()
 
+    def close(self) -> None:
+        """Nothing is under way between messages."""
+
     def _take_head(self) -> torch.Tensor | None:
         try:
             length = PlanReader.body_bytes(self._head.numpy())

@@ -124,6 +124,11 @@ class UcxExchange:
         """What carries the rows, e.g. "sysv,posix"; UCX knows once a message has come."""
         return transports.of_endpoint(self._raw.handle) if self._raw is not None else ""
 
+    @property
+    def alive(self) -> bool:
+        """UCX has not heard of the other end's end, so far."""
+        return self._raw is not None and bool(self._raw.alive)
+
     def _array(self, data: torch.Tensor) -> Any:
         key = (data.data_ptr(), data.numel())
         array = self._arrays.get(key)

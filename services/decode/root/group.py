@@ -22,6 +22,7 @@ from services.decode.root.owners import KvOwner, RelayedOwner, RootOwner, Worker
 from tokenmesh.config import DecodeConfig
 from tokenmesh.engine.host import EngineHost
 from tokenmesh.engine.join import JoinRank
+from tokenmesh.kv.geometry import BlockGeometry
 from tokenmesh.kv.messages import AttachRank, DetachRank, RankDetached, StepTimes
 from tokenmesh.kv.settling import Settling
 from tokenmesh.parallel.partition import split_blocks
@@ -180,7 +181,7 @@ class Group:
         assert self._spec is not None
         request = worker_pb2.AttachRequest(
             decode_root_id=self._root_id,
-            geometry=self.engine.movers[0].geometry.to_proto(),
+            geometry=_geometry(self._spec).to_proto(),
             rank=rank.rank,
             blocks=blocks,
             attention=_attention(self._spec),
@@ -285,6 +286,20 @@ class Group:
         await asyncio.gather(*(self._detach(rank) for rank in self.ranks))
         for channel in self._channels:
             await channel.close()
+
+
+def _geometry(spec: RankSpec) -> BlockGeometry:
+    """The blocks of a rank, which are like the root's."""
+    shape = spec.shape
+    return BlockGeometry(
+        layers=len(spec.layers),
+        kv_heads=shape.kv_heads,
+        head_size=shape.head_size,
+        block_size=spec.block_size,
+        dtype=shape.dtype,
+        block_bytes=spec.block_bytes,
+        packing=spec.packing,
+    )
 
 
 def _attention(spec: RankSpec) -> worker_pb2.Attention:

@@ -72,6 +72,7 @@ class ShardProcesses:
             cores=_cores(config.cpu_omp_threads_bind, shard),
             cpus=sorted(os.sched_getaffinity(0)),
             host=config.host,
+            exchange=self._group.exchange,
             exchange_port=config.exchange_port + number if config.exchange_port else 0,
             exchange_transport=self._group.transport,
             poll_s=config.poll_s,

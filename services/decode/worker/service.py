@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import secrets
 import time
 from collections.abc import Sequence
@@ -172,7 +173,8 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         loop = asyncio.get_running_loop()
         self._states.clear()
         self._movers.clear()
-        movers = [self._waiting.setdefault((MoverReady, shard), loop.create_future()) for shard in shards]
+        with_movers = shards if self._config.kv_transfer.transport != "none" else ()
+        movers = [self._waiting.setdefault((MoverReady, shard), loop.create_future()) for shard in with_movers]
         # From here on shards may hold memory, whether or not this call gets to its end.
         kv_bytes = blocks * geometry.block_bytes * geometry.layers * request.shards
         self.attached = _Attached(request.decode_root_id, request.rank, blocks, kv_bytes)
@@ -192,10 +194,10 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             blocks=blocks,
             shards=[
                 worker_pb2.RankShard(
-                    kv=kv_pb2.KvShard(host=mover.host, port=mover.port),
+                    kv=kv_pb2.KvShard(host=mover.host, port=mover.port) if mover is not None else None,
                     exchange=kv_pb2.KvShard(host=self._config.host, port=shard.port),
                 )
-                for mover, shard in zip(ready, opened, strict=True)
+                for mover, shard in itertools.zip_longest(ready, opened)
             ],
             token=token,
         )

@@ -9,12 +9,13 @@ Started by the worker service; ends when its standard input closes, so it cannot
 from __future__ import annotations
 
 import contextlib
+import importlib
 import math
 import os
 import sys
 import threading
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import structlog
@@ -32,6 +33,13 @@ from tokenmesh.kv.messages import (
     ZeroShard,
 )
 from tokenmesh.logs import setup_inherited_logging
+
+if TYPE_CHECKING:
+    import torch
+
+    from tokenmesh.engine.gpu.rank import DeviceRank
+    from tokenmesh.engine.shared_kv import SharedKv
+    from tokenmesh.parallel.rank import RankProtocol
 
 log = structlog.get_logger()
 
@@ -54,6 +62,8 @@ class ShardArgs(msgspec.Struct, frozen=True):
     cpus: list[int]
     """Cores of the service."""
     host: str
+    exchange: str
+    """As in GroupConfig: with "nccl" the blocks lie on the GPU of the shard's number."""
     exchange_port: int
     exchange_transport: str
     poll_s: float
@@ -188,43 +198,63 @@ class Shard:
 
 
 class Partition:
-    """A shard's blocks, their mover, and the protocol over them."""
+    """A shard's blocks, their mover if they have one, and the protocol over them."""
 
     def __init__(self, order: OpenShard, args: ShardArgs) -> None:
         """Raises UnsupportedAttentionError, RuntimeError if the memory cannot be had."""
         import torch
 
-        from tokenmesh.engine.cpu_kernel import CpuKernel
-        from tokenmesh.engine.settings import ConnectorSettings
-        from tokenmesh.engine.shared_kv import SharedKv
         from tokenmesh.parallel.rank import RankProtocol, RankSpec
 
         spec = msgspec.msgpack.decode(order.spec, type=RankSpec)
         shape = spec.shape
         size = (len(spec.layers), order.blocks, shape.kv_heads, spec.block_size, 2 * shape.head_size)
-        # In shared memory from the start: moving it there later would take its size twice for a moment.
-        storage = torch.UntypedStorage._new_shared(math.prod(size) * shape.torch_dtype.itemsize, device="cpu")
-        self._kv = torch.empty(0, dtype=shape.torch_dtype).set_(storage).view(size).zero_()
-        settings = ConnectorSettings(
-            hub=args.hub,
-            host=args.kv_host,
-            port=args.kv_port,
-            transport=args.kv_transport,
-            chunk_bytes=args.chunk_bytes,
-            window=args.window,
-            cpus=args.cpus,
-        )
-        layers = {str(number): layer for number, layer in enumerate(self._kv)}
-        self._shared = SharedKv(layers, order.geometry, settings, args.shard)
-        self.protocol = RankProtocol(spec, order.blocks, CpuKernel(spec, self._kv))
+        self._shared: SharedKv | None = None
+        self.protocol: RankProtocol | DeviceRank
+        if args.exchange == "nccl":
+            from tokenmesh.engine.gpu.rank import DeviceRank
+
+            device = torch.device("cuda", args.shard)
+            torch.cuda.set_device(device)
+            self._kv = torch.zeros(size, dtype=shape.torch_dtype, device=device)
+            self.protocol = DeviceRank(spec, self._kv)
+        else:
+            from tokenmesh.engine.cpu_kernel import CpuKernel
+
+            # In shared memory from the start: moving it there later would take its size twice for a moment.
+            storage = torch.UntypedStorage._new_shared(math.prod(size) * shape.torch_dtype.itemsize, device="cpu")
+            self._kv = torch.empty(0, dtype=shape.torch_dtype).set_(storage).view(size).zero_()
+            if args.kv_transport != "none":
+                self._shared = _share(self._kv, order, args)
+            self.protocol = RankProtocol(spec, order.blocks, CpuKernel(spec, self._kv))
 
     def zero(self) -> None:
         """Overwrites every block."""
         self._kv.zero_()
 
     def close(self) -> None:
-        """Ends the mover; the memory goes with the last reference."""
-        self._shared.close()
+        """Ends the mover and what the device may wait for; the memory goes with the last reference."""
+        self.protocol.close()
+        if self._shared is not None:
+            self._shared.close()
+
+
+def _share(kv: torch.Tensor, order: OpenShard, args: ShardArgs) -> SharedKv:
+    """Starts the mover of a partition."""
+    from tokenmesh.engine.settings import ConnectorSettings
+    from tokenmesh.engine.shared_kv import SharedKv
+
+    settings = ConnectorSettings(
+        hub=args.hub,
+        host=args.kv_host,
+        port=args.kv_port,
+        transport=args.kv_transport,
+        chunk_bytes=args.chunk_bytes,
+        window=args.window,
+        cpus=args.cpus,
+    )
+    layers = {str(number): layer for number, layer in enumerate(kv)}
+    return SharedKv(layers, order.geometry, settings, args.shard)
 
 
 def main() -> None:
@@ -238,8 +268,8 @@ def main() -> None:
         os.environ["OMP_NUM_THREADS"] = str(len(args.cores))
     import torch
 
-    import tokenmesh.engine.cpu_kernel  # noqa: F401 - loading the kernels takes seconds, which Attach must not wait for
-
+    # Loading the kernels takes seconds, which Attach must not wait for.
+    importlib.import_module("tokenmesh.engine." + ("gpu.rank" if args.exchange == "nccl" else "cpu_kernel"))
     if args.cores:
         torch.set_num_threads(len(args.cores))
     Shard(args).run()

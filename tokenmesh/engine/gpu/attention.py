@@ -1,14 +1,15 @@
 """TokenParallelFlashBackend: FlashAttention, with each sequence computed on the blocks of the rank that owns it.
 
-The ranks share the root's GPU (`gpu_ranks`). A batch of one token per sequence is split on the device, at fixed
-addresses, and runs in full CUDA graphs: per layer the rows of other ranks are packed, each rank attends on a stream of
-its own beside the root, and their attention is unpacked. A batch with a prefill chunk in it is split on the host, which
-knows owners and lengths without asking the device, and runs rank after rank.
+Ranks share the root's GPU (`ranks`), or have their own (`peer`). A batch of one token per sequence is split on the
+device, at fixed addresses, and runs in full CUDA graphs: per layer the rows of other ranks are packed, each rank
+attends beside the root, on a stream of its own or on its own GPU, and their attention is unpacked. A batch with a
+prefill chunk in it is split on the host, which knows owners and lengths without asking the device.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -23,10 +24,13 @@ from vllm.v1.attention.backends.flash_attn import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 
-from tokenmesh.engine import gpu_kernels
-from tokenmesh.engine.gpu_ranks import DeviceRanks
-from tokenmesh.engine.gpu_rows import PackedRows, SplitRows
-from tokenmesh.engine.group import active
+from tokenmesh.engine.gpu import kernels
+from tokenmesh.engine.gpu.peer import GpuPeer
+from tokenmesh.engine.gpu.ranks import DeviceRanks
+from tokenmesh.engine.gpu.rows import PackedRows, SplitRows
+from tokenmesh.engine.group import RankGroup, active
+from tokenmesh.engine.settings import ConnectorSettings
+from tokenmesh.parallel.exchange import PeerLostError
 from tokenmesh.parallel.ids import STRIDE
 
 
@@ -37,7 +41,9 @@ class DecodeMetadata:
     root: FlashAttentionMetadata
     """Over the whole batch; rows of others have no keys there, and nothing to write."""
     others: list[FlashAttentionMetadata]
-    """Of ranks 1, 2, ..., over their places."""
+    """Of ranks 1, 2, ... on this GPU, over their places; none if they have their own."""
+    announced: bool
+    """Ranks on other GPUs know of the batch."""
     rows: torch.Tensor
     """int32 [R, rows]: row of the batch at each place; -1: none."""
     packed: PackedRows
@@ -48,7 +54,9 @@ class MixedMetadata:
     """A batch in which some sequences have several tokens, and some live on other ranks."""
 
     shares: list[tuple[int, torch.Tensor | slice, FlashAttentionMetadata]]
-    """(rank, rows of the batch's tokens, the rank's metadata over them)."""
+    """(rank, rows of the batch's tokens, the rank's metadata over them) of the root and ranks on its GPU."""
+    elsewhere: list[tuple[GpuPeer, torch.Tensor | slice]]
+    """(rank, rows of the batch's tokens) of ranks on other GPUs that are there."""
 
 
 Metadata: TypeAlias = FlashAttentionMetadata | DecodeMetadata | MixedMetadata
@@ -85,15 +93,17 @@ class TokenParallelFlashBuilder(FlashAttentionMetadataBuilder):
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._group = rank_group()
         self._ranks = device_ranks()
+        here = ConnectorSettings.from_vllm(vllm_config).device_ranks
         # One per rank, since each keeps its kernel's schedule at an address of its own.
         self._others = [
-            FlashAttentionMetadataBuilder(kv_cache_spec, layer_names, vllm_config, device)
-            for _ in range(self._ranks.ranks - 1)
+            FlashAttentionMetadataBuilder(kv_cache_spec, layer_names, vllm_config, device) for _ in range(1, here)
         ]
+        self._captured = frozenset(vllm_config.compilation_config.cudagraph_capture_sizes or ())
         self._max_rows = vllm_config.scheduler_config.max_num_seqs
         self._packed = PackedRows(
-            len(self._others),
+            self._ranks.ranks - 1,
             self._max_rows,
             self.num_heads_q,
             self.num_heads_kv,
@@ -124,7 +134,7 @@ class TokenParallelFlashBuilder(FlashAttentionMetadataBuilder):
             width = common.block_table_tensor.shape[1]
             split = SplitRows(self._ranks.ranks, self._max_rows, width, self.block_size, self.device)
             self._split = split
-        gpu_kernels.split(common.block_table_tensor, common.seq_lens, common.slot_mapping, split)
+        kernels.split(common.block_table_tensor, common.seq_lens, common.slot_mapping, split)
 
         def share(rank: int, starts: torch.Tensor) -> CommonAttentionMetadata:
             return dataclasses.replace(
@@ -140,17 +150,56 @@ class TokenParallelFlashBuilder(FlashAttentionMetadataBuilder):
             builder.build(0, share(rank, split.starts[rank - 1, : count + 1]), fast_build)
             for rank, builder in enumerate(self._others, 1)
         ]
-        return DecodeMetadata(root, others, split.rows[:, :count], self._packed)
+        return DecodeMetadata(
+            root, others, self._announce(split, count, common.max_seq_len), split.rows[:, :count], self._packed
+        )
+
+    def _announce(self, split: SplitRows, count: int, max_seq_len: int) -> bool:
+        """Tells every rank on another GPU of a decode batch, whether it has rows or not: graphs count on all."""
+        watch = self._group.watch
+        if watch is None or self._ranks.dummy:
+            return False
+        step = (count, count, 1, max_seq_len, split.width, self.use_full_cuda_graph and count in self._captured)
+        for rank in watch.peers:
+            watch.announce(
+                rank,
+                step,
+                split.seq_lens[rank, :count],
+                split.slots[rank, :count],
+                split.starts[rank - 1, : count + 1],
+                split.tables[rank, :count],
+            )
+        return True
 
     def _build_mixed(self, common: CommonAttentionMetadata, owners: np.ndarray, fast_build: bool) -> MixedMetadata:
         starts = common.query_start_loc_cpu[: common.num_reqs + 1].numpy()
-        shares = []
+        shares, elsewhere = [], []
+        watch = self._group.watch
         for rank in map(int, np.unique(owners)):
             rows = np.flatnonzero(owners == rank)
             part, tokens = self._select(common, starts, rows, rank)
-            build = super().build if rank == 0 else self._others[rank - 1].build
-            shares.append((rank, tokens, build(0, part, fast_build)))
-        return MixedMetadata(shares)
+            if rank == 0 or self._others:
+                build = super().build if rank == 0 else self._others[rank - 1].build
+                shares.append((rank, tokens, build(0, part, fast_build)))
+            elif watch is not None and rank in watch.peers:
+                table = part.block_table_tensor
+                watch.announce(
+                    rank,
+                    (
+                        part.num_reqs,
+                        part.num_actual_tokens,
+                        part.max_query_len,
+                        part.max_seq_len,
+                        table.shape[1],
+                        False,
+                    ),
+                    part.seq_lens,
+                    part.slot_mapping,
+                    part.query_start_loc,
+                    table,
+                )
+                elsewhere.append((watch.peers[rank], tokens))
+        return MixedMetadata(shares, elsewhere)
 
     def _select(
         self, common: CommonAttentionMetadata, starts: np.ndarray, rows: np.ndarray, rank: int
@@ -198,6 +247,7 @@ class TokenParallelFlashImpl(FlashAttentionImpl):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._group = rank_group()
         self._ranks = device_ranks()
         self._streams = _Streams.of(self._ranks.ranks - 1)
 
@@ -235,29 +285,35 @@ class TokenParallelFlashImpl(FlashAttentionImpl):
         output: torch.Tensor,
     ) -> None:
         packed, count = metadata.packed, metadata.rows.shape[1]
-        gpu_kernels.pack(query, key, value, metadata.rows, packed)
+        watch = self._group.watch
+        peers = watch.peers if watch is not None else {}
+        kernels.pack(query, key, value, metadata.rows, packed)
         spans = self._ranks.spans(kv_cache.shape[0])
         main = torch.cuda.current_stream()
         streams = self._streams
         streams.forked.record(main)
-        for index, other in enumerate(metadata.others):
-            side = streams.streams[index]
+        for index, side in enumerate(streams.streams):
             side.wait_event(streams.forked)
             with torch.cuda.stream(side):
-                self._attend(
-                    layer,
-                    packed.query[index, :count],
-                    packed.key[index, :count],
-                    packed.value[index, :count],
-                    kv_cache[slice(*spans[index + 1])],
-                    other,
-                    packed.output[index, :count],
-                )
+                if metadata.others:
+                    self._attend(
+                        layer,
+                        packed.query[index, :count],
+                        packed.key[index, :count],
+                        packed.value[index, :count],
+                        kv_cache[slice(*spans[index + 1])],
+                        metadata.others[index],
+                        packed.output[index, :count],
+                    )
+                elif index + 1 in peers and (metadata.announced or torch.cuda.is_current_stream_capturing()):
+                    peer = peers[index + 1]
+                    self._with(peer, peer.pair.exchange, packed.packed[index, :count], packed.output[index, :count])
                 streams.done[index].record(side)
+        # The root's blocks are the first, if others have theirs here as well.
         self._attend(layer, query, key, value, kv_cache, metadata.root, output)
         for done in streams.done:
             main.wait_event(done)
-        gpu_kernels.unpack(metadata.rows, packed, output)
+        kernels.unpack(metadata.rows, packed, output)
 
     def _mixed(
         self,
@@ -269,6 +325,8 @@ class TokenParallelFlashImpl(FlashAttentionImpl):
         metadata: MixedMetadata,
         output: torch.Tensor,
     ) -> None:
+        for peer, tokens in metadata.elsewhere:
+            self._with(peer, peer.pair.send, torch.cat((query[tokens], key[tokens], value[tokens]), dim=1))
         spans = self._ranks.spans(kv_cache.shape[0])
         for rank, tokens, share in metadata.shares:
             blocks = kv_cache[slice(*spans[rank])]
@@ -276,6 +334,19 @@ class TokenParallelFlashImpl(FlashAttentionImpl):
             self._attend(layer, query[tokens], key[tokens], value[tokens], blocks, share, target)
             if not isinstance(tokens, slice):
                 output[tokens] = target
+        for peer, tokens in metadata.elsewhere:
+            answer = torch.empty_like(output[tokens])
+            self._with(peer, peer.pair.receive, answer)
+            output[tokens] = answer
+
+    def _with(self, peer: GpuPeer, verb: Callable[..., None], *tensors: torch.Tensor) -> None:
+        """Has a rank on another GPU send or receive; rows of one that is lost are rubbish, and dropped later."""
+        watch = self._group.watch
+        assert watch is not None
+        try:
+            verb(*tensors)
+        except PeerLostError as error:
+            watch.lose(peer, str(error))
 
     def _attend(
         self,
@@ -297,7 +368,7 @@ class _Streams:
     _made: _Streams | None = None
 
     def __init__(self, others: int) -> None:
-        self.streams = [torch.cuda.Stream() for _ in range(others)]
+        self.streams = [torch.cuda.Stream(priority=-1) for _ in range(others)]
         self.forked = torch.cuda.Event()
         self.done = [torch.cuda.Event() for _ in range(others)]
 
@@ -309,9 +380,15 @@ class _Streams:
         return cls._made
 
 
-def device_ranks() -> DeviceRanks:
-    """The ranks on this process's GPU."""
+def rank_group() -> RankGroup:
+    """This process's group."""
     group = active()
     assert group is not None
-    assert group.device is not None
-    return group.device
+    return group
+
+
+def device_ranks() -> DeviceRanks:
+    """Who owns what, on this process's GPU."""
+    ranks = rank_group().device
+    assert ranks is not None
+    return ranks

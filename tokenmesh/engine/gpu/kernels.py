@@ -1,13 +1,13 @@
 """Triton kernels for the rows of ranks that share a GPU: split a batch, pack rows, unpack attention.
 
 No kernel needs the host to know who owns what, none allocates, and all can be captured. What they do is written down
-in torch in `gpu_rows`.
+in torch in `rows`.
 """
 
 import torch
 from vllm.triton_utils import tl, triton
 
-from tokenmesh.engine.gpu_rows import PackedRows, SplitRows
+from tokenmesh.engine.gpu.rows import PackedRows, SplitRows
 from tokenmesh.parallel.ids import STRIDE
 
 _SHIFT = STRIDE.bit_length() - 1
@@ -16,7 +16,7 @@ _ELEMENTS = 1024
 
 
 def split(table: torch.Tensor, seq_lens: torch.Tensor, slots: torch.Tensor, out: SplitRows) -> None:
-    """See `gpu_rows.split_reference`."""
+    """See `rows.split_reference`."""
     count = seq_lens.shape[0]
     assert table.dtype == seq_lens.dtype == torch.int32
     assert slots.dtype == torch.int64
@@ -48,7 +48,7 @@ def split(table: torch.Tensor, seq_lens: torch.Tensor, slots: torch.Tensor, out:
 
 
 def pack(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: torch.Tensor, out: PackedRows) -> None:
-    """See `gpu_rows.pack_reference`. q, k, v may be views of one tensor; a row's heads must lie side by side."""
+    """See `rows.pack_reference`. q, k, v may be views of one tensor; a row's heads must lie side by side."""
     others, count = rows.shape
     for tensor in (query, key, value):
         assert tensor.stride(2) == 1
@@ -75,7 +75,7 @@ def pack(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: torc
 
 
 def unpack(rows: torch.Tensor, packed: PackedRows, output: torch.Tensor) -> None:
-    """See `gpu_rows.unpack_reference`."""
+    """See `rows.unpack_reference`."""
     others, count = rows.shape
     assert output.stride(2) == 1
     assert output.stride(1) == output.shape[2]

@@ -1,7 +1,7 @@
-"""Ranks that share one GPU with the root: each has a slice of the KV tensors that vLLM has allocated.
+"""Who owns which sequence of a batch on a GPU, and which blocks, where the ranks share the root's.
 
-Rank r of N has blocks [offset_r, offset_r + n_r) of every layer's tensor, so nothing new is allocated, and CUDA graphs
-that were captured at start hold the kernels of all ranks, whether sequences live there or not.
+There, rank r of N has blocks [offset_r, offset_r + n_r) of every layer's tensor, so nothing new is allocated, and CUDA
+graphs that were captured at start hold the kernels of all ranks, whether sequences live there or not.
 """
 
 from __future__ import annotations
@@ -22,19 +22,21 @@ MAX_SLOTS = 1 << 31
 
 
 class DeviceRanks:
-    """What an engine worker knows of the ranks on its own GPU."""
+    """What an engine worker knows of its group's ranks without asking the device."""
 
-    def __init__(self, ranks: int, root_share: float, max_seqs: int) -> None:
-        """`ranks`: the root included; `max_seqs`: request slots of vLLM's model runner."""
+    def __init__(self, ranks: int, root_share: float | None, max_seqs: int) -> None:
+        """`ranks`: the root included; `root_share`: None if each has its own GPU; `max_seqs`: vLLM's request slots."""
         self.ranks = ranks
         self._root_share = root_share
         self._spans: dict[int, list[tuple[int, int]]] = {}
         self._owners = np.zeros(max_seqs, dtype=np.int32)
-        self._dummy = True
+        self.dummy = True
         """The batch under way is none of the scheduler's: capture, profiling, warm-up."""
 
     def spans(self, total: int) -> list[tuple[int, int]]:
-        """(first block, one past the last) of each rank in tensors of `total` blocks."""
+        """(first block, one past the last) of each rank here in tensors of `total` blocks."""
+        if self._root_share is None:
+            return [(0, total)]
         spans = self._spans.get(total)
         if spans is None:
             spans = list(pairwise(accumulate(local_blocks(total, self.ranks, self._root_share), initial=0)))
@@ -57,11 +59,11 @@ class DeviceRanks:
                 self._owners[req_index] = rank_of(ids[-1]) if ids else 0
 
         def gather_block_tables(*args: Any, **kwargs: Any) -> Any:
-            self._dummy = False
+            self.dummy = False
             return gather(*args, **kwargs)
 
         def get_dummy_block_tables(*args: Any, **kwargs: Any) -> Any:
-            self._dummy = True
+            self.dummy = True
             return dummy(*args, **kwargs)
 
         tables.append_block_ids = append_block_ids
@@ -70,7 +72,7 @@ class DeviceRanks:
 
     def owners(self, req_idx: np.ndarray | None, rows: int) -> np.ndarray:
         """int32 [rows]: the rank of each request of a batch. Dummies name request slots that are not theirs."""
-        if self._dummy or req_idx is None:
+        if self.dummy or req_idx is None:
             return np.zeros(rows, dtype=np.int32)
         assert len(req_idx) == rows, (len(req_idx), rows)
         owners: np.ndarray = self._owners[req_idx]

@@ -1,0 +1,21 @@
+"""Which GPUs a service sees."""
+
+from __future__ import annotations
+
+import os
+
+from tokenmesh.cpus import parse_cpus
+
+
+def show_gpus(text: str | None, count: int, replica: int) -> None:
+    """Has this process, and all that it starts, see only the `count` GPUs of its replica; None: no change.
+
+    `text`: those of all replicas, as a list such as ``0-3,8``, by CUDA's numbers. Must come before CUDA starts. Raises
+    ValueError if they are too few.
+    """
+    if text is None:
+        return
+    mine = sorted(parse_cpus(text))[replica * count : (replica + 1) * count]
+    if len(mine) < count:
+        raise ValueError(f"gpus {text} are too few for replica {replica}, which needs {count}")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, mine))
