@@ -106,7 +106,8 @@ async def prefill_path(eager: bool) -> AsyncIterator[PrefillPath]:
         geometry = engine.movers[0].geometry
         blocks = geometry.blocks_for(config.max_model_len)
         layout = Layout("owner", geometry.layers, geometry.block_bytes, range(blocks), range(blocks))
-        owner = MoverProcess("owner", layout, blocks, config.prefill_service.kv_transfer.transport, 1)
+        transport = config.prefill_service.kv_transfer.transport
+        owner = MoverProcess("owner", layout, blocks, transport, 1, geometry)
         await owner.start()
         stack.push_async_callback(owner.stop)
         channel = await stack.enter_async_context(grpc.aio.insecure_channel(f"127.0.0.1:{port}"))

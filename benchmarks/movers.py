@@ -76,8 +76,16 @@ class KvMoverError(Exception):
 class MoverProcess:
     """A mover with its memory, as its engine worker and its service see it together."""
 
-    def __init__(self, name: str, layout: Layout, blocks: int, transport: str, core: int) -> None:
-        """`blocks`: of each layer."""
+    def __init__(
+        self,
+        name: str,
+        layout: Layout,
+        blocks: int,
+        transport: str,
+        core: int,
+        geometry: BlockGeometry | None = None,
+    ) -> None:
+        """`blocks`: of each layer; `geometry`: of an engine's blocks, where one writes to them."""
         self.messages: asyncio.Queue[ToService] = asyncio.Queue()
         self.hub = LinkHub(self.messages.put_nowait)
         self.address: tuple[str, int] = ("", 0)
@@ -94,7 +102,7 @@ class MoverProcess:
             shard=0,
             fd=self._fd,
             nbytes=nbytes,
-            geometry=BlockGeometry(layout.layers, 1, 1, 1, "uint8", size, "bench"),
+            geometry=geometry or BlockGeometry(layout.layers, 1, 1, 1, "uint8", size, "bench"),
             spans=[LayerSpan(layer * blocks * size, size) for layer in range(layout.layers)],
             hub=self.hub.address,
             inbox=f"ipc://{self._folder}/inbox",
