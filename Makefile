@@ -10,7 +10,7 @@ STUBS  := tokenmesh/v1
 .DEFAULT_GOAL := help
 
 .PHONY: help setup demo up test test-unit test-gpu browser lint types fix proto dashboards verify lock bench bench-mesh \
-  bench-tknp bench-kv bench-codecs bench-telemetry bench-gpu clean
+  bench-tknp bench-kv bench-codecs bench-telemetry bench-gpu bench-multigpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-15s %s\n", $$1, $$2}'
@@ -105,6 +105,9 @@ bench-codecs: $(READY) ## KV codecs on real KV: ratio and speed; JSON in build/b
 # On a machine with a GPU, in whatever environment has vLLM for it: this checkout is used as it is.
 bench-gpu: ## a root with ranks on its own GPU against plain vLLM; JSON in build/bench
 	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu
+
+bench-multigpu: ## token parallelism over all GPUs of this host against tensor parallelism and replicas; JSON in build/bench
+	PYTHONPATH=. $(PYTHON) -m benchmarks.multigpu
 
 test-gpu: ## tests that need a GPU
 	PYTHONPATH=. $(PYTHON) -m pytest tests/gpu

@@ -108,11 +108,30 @@ def config(model: Path, side: str) -> MeshConfig:
     )
 
 
-def fits(running: EngineGroup, batch: int, context: int) -> bool:
+def blocks_by_rank(running: EngineGroup) -> list[int]:
+    """KV blocks of every rank, the root first."""
+    if running.engine.device_blocks:
+        return running.engine.device_blocks
+    own = running.engine.llm.vllm_config.cache_config.num_gpu_blocks
+    return [int(own or 0), *(rank.blocks for rank in running.group.ranks)]
+
+
+def fits(blocks: Sequence[int], batch: int, context: int) -> bool:
     """Whether the sequences of a load can all decode at once, spread over those ranks that can hold one."""
     each = -(-(context + TOKENS + 2) // BLOCK)
-    ranks = running.engine.device_blocks or [running.engine.llm.vllm_config.cache_config.num_gpu_blocks]
-    return sum((blocks - 1) // each for blocks in ranks) >= batch
+    return sum((rank - 1) // each for rank in blocks) >= batch
+
+
+async def load_steps(running: EngineGroup, batch: int, context: int) -> list[float]:
+    """Per repetition, the median step of a load; none if it does not fit."""
+    steps: list[float] = []
+    if fits(blocks_by_rank(running), batch, context):
+        for repeat in range(-1, REPEATS):
+            prompts = random_prompts([context] * batch, repeat)
+            streams = await running.generate(prompts, TOKENS, pretend=True)
+            if repeat >= 0:
+                steps.append(step_seconds(streams))
+    return steps
 
 
 async def measure(shape: str, side: str) -> list[Run]:
@@ -122,13 +141,7 @@ async def measure(shape: str, side: str) -> list[Run]:
         folder = Path(name)
         async with engine_group(config(write_model(shape, folder), side), folder / "group") as running:
             for batch, context in LOADS:
-                steps = []
-                if fits(running, batch, context):
-                    for repeat in range(-1, REPEATS):
-                        prompts = random_prompts([context] * batch, repeat)
-                        streams = await running.generate(prompts, TOKENS, pretend=True)
-                        if repeat >= 0:
-                            steps.append(step_seconds(streams))
+                steps = await load_steps(running, batch, context)
                 runs.append(Run(shape, side, batch, context, steps))
                 print(f"{shape} {side} {batch}x{context}: {[round(s * 1e3, 3) for s in steps]} ms", flush=True)
     return runs

@@ -37,6 +37,14 @@ FIGURES: dict[str, tuple[str, ...]] = {
         "first_request_ratio",
     ),
     "telemetry": ("tok_s_ratio_on_off",),
+    "multigpu": (
+        "tok_s_ratio_tensor_parallel",
+        "tok_s_ratio_replicas",
+        "kv_tokens_ratio_tensor_parallel",
+        "kv_tokens_ratio_replicas",
+        "step_over_predicted_max",
+        "exchange_us_p50",
+    ),
     "gpu": ("step_ratio_1", "step_ratio_2", "exchange_us_p50", "push_goodput_ratio", "exposed_ratio_8k"),
 }
 """Names of the figures of each benchmark. Fixed: results are compared over time by them."""

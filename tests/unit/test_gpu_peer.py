@@ -164,9 +164,10 @@ def test_a_dropped_rank_keeps_its_pair_until_it_is_taken_out(watch: PeerWatch, r
     assert not pair_of(watch).aborted
     # (3) Nobody needs to be told: whoever dropped it knows.
     assert watch.take_lost() == {}
-    (gone,) = watch.retire()
-    gone.close()
-    assert soon(lambda: not watch.peers)
+    pair = pair_of(watch)
+    watch.bury(watch.retire())
+    assert pair.closed
+    assert not watch.peers
 
 
 def test_a_dropped_rank_that_dies_is_aborted_all_the_same(watch: PeerWatch, rank: FakeRank) -> None:

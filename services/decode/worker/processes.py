@@ -18,7 +18,8 @@ from tokenmesh.kv.messages import ShardUp, ToService
 
 log = structlog.get_logger()
 
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 180.0
+"""CUDA's libraries take a minute to load from a cold disk."""
 
 
 class ShardProcesses:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from collections.abc import Iterable
 
 import structlog
 import torch
@@ -81,8 +82,7 @@ class GpuPeer:
         return ""
 
     def close(self) -> None:
-        """Frees what is left, when no graph holds the pair any more."""
-        self.pair.close()
+        """Ends the connection; the pair is closed before."""
         self._control.close()
 
 
@@ -123,9 +123,16 @@ class PeerWatch:
         return any(peer.lost for peer in self.peers.values())
 
     def retire(self) -> list[GpuPeer]:
-        """Takes those out that are lost. They are to be closed once no graph holds their pairs."""
+        """Takes those out that are lost. They are to be buried once no graph holds their pairs."""
         with self.lock:
             return [self.peers.pop(rank) for rank, peer in list(self.peers.items()) if peer.lost]
+
+    def bury(self, gone: Iterable[GpuPeer]) -> None:
+        """Frees what ranks leave that were taken out."""
+        for peer in gone:
+            peer.pair.close()
+            with self.lock:
+                peer.close()
 
     def drop(self, rank: int, epoch: int | None) -> None:
         """Gives a rank up, unless another epoch of it is here by now."""
@@ -197,7 +204,6 @@ class PeerWatch:
         """Lets every rank go. No graph may hold them any more."""
         self._closed.set()
         self._thread.join()
-        for peer in self.peers.values():
-            peer.close()
+        self.bury(self.peers.values())
         self.peers.clear()
         self._loop.close()

@@ -6,6 +6,7 @@ Its host hears of every step and launches the kernels of all layers; these wait 
 from __future__ import annotations
 
 import torch
+from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
 from vllm.v1.attention.backends.fa_utils import (
     flash_attn_varlen_func,
     get_flash_attn_version,
@@ -84,7 +85,8 @@ class FlashKernel:
         if self._version is None:
             raise UnsupportedAttentionError("this machine has no FlashAttention")
         # [blocks, block size, KV heads, head size] each, as vLLM's kernels want them.
-        self._caches = [blocks.transpose(1, 2).split(shape.head_size, dim=-1) for blocks in kv]
+        halves = [blocks.transpose(1, 2).split(shape.head_size, dim=-1) for blocks in kv]
+        self._caches = [tuple(map(canonicalize_singleton_dim_strides, pair)) for pair in halves]
         windows = {layer.sliding_window for layer in spec.layers}
         self._window: int | None = windows.pop() if len(windows) == 1 else None
         """Of all layers; only then can the kernel's schedule be made ahead."""

@@ -79,8 +79,7 @@ class TokenParallelGpuWorker(RankSpecs, Worker):
             torch.cuda.synchronize()
             gone = watch.retire()
             self._capture_again()
-            for peer in gone:
-                peer.close()
+            watch.bury(gone)
 
     def _capture_again(self) -> None:
         assert self._watch is not None

@@ -1,0 +1,287 @@
+"""Token parallelism over the GPUs of one host, against tensor parallelism and replicas: `make bench-multigpu`.
+
+On N GPUs: a root and N - 1 weightless workers over NCCL; the same model with tensor parallel N; and N engines of one
+GPU each, side by side, each with 1/N of the sequences. CUDA graphs everywhere, random weights, KV that is not computed
+but counts as fetched. The engines of one GPU also take the whole batch, as far as it fits: from what attention and the
+rest take there follows what token parallelism should take.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.engine_group import engine_group
+from benchmarks.gpu import BLOCK, CAPTURED, MAX_SEQS, REPEATS, TOKENS, blocks_by_rank, driver, load_steps
+from benchmarks.harness import FIGURES, ROOT, Report, median
+from tokenmesh.config import MeshConfig
+
+CHILD_TIMEOUT_S = 300
+MEMORY = 0.88
+"""Part of each GPU's memory that an engine takes."""
+WORKER_SPARE = 3 << 30
+"""Bytes of that part which a worker's partition leaves to buffers and NCCL."""
+SHORT = 128
+"""Tokens of context of the load that shows what a step takes but for attention."""
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "8b": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "num_hidden_layers": 32,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "vocab_size": 128256,
+    },
+    "32b": {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "num_hidden_layers": 64,
+        "hidden_size": 5120,
+        "intermediate_size": 25600,
+        "num_attention_heads": 64,
+        "vocab_size": 151936,
+    },
+}
+"""Llama-3.1-8B and Qwen3-32B."""
+LOADS: dict[str, tuple[tuple[int, int], ...]] = {
+    "8b": ((16, SHORT), (64, SHORT), (16, 4096), (64, 4096), (64, 12288)),
+    "32b": ((16, SHORT), (32, SHORT), (16, 4096), (32, 4096), (32, 8192)),
+}
+"""Sequences, and tokens of context of each."""
+SIDES = ("one", "tensor_parallel", "token_parallel")
+"""Engines of one GPU each, which run at the same time; and the two that take all GPUs."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One engine's loads."""
+
+    shape: str
+    side: str
+    kv_tokens: int
+    """Tokens whose KV it holds."""
+    steps: dict[str, list[float]]
+    """By ``batch x context``: per repetition, the median step in seconds; empty: the KV does not fit."""
+
+    def step(self, batch: int, context: int) -> float | None:
+        """Median over repetitions; None if the load did not fit."""
+        found = self.steps.get(f"{batch}x{context}")
+        return median(found) if found else None
+
+
+def write_model(shape: str, folder: Path) -> Path:
+    """The configuration of a model of that shape; its weights are made up by vLLM."""
+    config = {
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        **SHAPES[shape],
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def config(shape: str, side: str, model: Path, gpus: int) -> MeshConfig:
+    """A decode root, and its workers if the side has any."""
+    tensor = gpus if side == "tensor_parallel" else 1
+    ranks = gpus if side == "token_parallel" else 1
+    memory = torch.cuda.get_device_properties(0).total_memory
+    return MeshConfig(
+        model=str(model),
+        dtype="bfloat16",
+        max_model_len=max(context for _, context in LOADS[shape]) + 2 * TOKENS,
+        prefill_service={"replicas": 0},
+        decode_service={
+            "tensor_parallel_size": tensor,
+            "token_parallel_size": ranks,
+            "group": {"exchange": "nccl"},
+            "kv_transfer": {"transport": "none"},
+            "max_num_seqs": MAX_SEQS,
+            "max_num_batched_tokens": 8192,
+            "block_size": BLOCK,
+            "gpu_memory_utilization": MEMORY,
+            "enable_prefix_caching": False,
+            "remote_prefill_min_tokens": 1,
+            "engine_args": {
+                "load_format": "dummy",
+                "skip_tokenizer_init": True,
+                "attention_config": {"backend": "FLASH_ATTN"},
+                "compilation_config": {"cudagraph_capture_sizes": CAPTURED},
+            },
+        },
+        decode_worker={
+            "gpus": f"1-{gpus - 1}" if gpus > 1 else None,
+            "kv_cache_memory_bytes": int(MEMORY * memory) - WORKER_SPARE,
+            "kv_transfer": {"transport": "none"},
+        },
+    )
+
+
+async def measure(shape: str, side: str, gpus: int) -> Measured:
+    """All loads on one engine."""
+    loads = list(LOADS[shape])
+    if side == "one":
+        loads += [(batch // gpus, context) for batch, context in loads if context != SHORT]
+    steps = {}
+    with tempfile.TemporaryDirectory(prefix="tokenmesh-bench-") as name:
+        folder = Path(name)
+        settings = config(shape, side, write_model(shape, folder), gpus)
+        try:
+            async with engine_group(settings, folder / "group") as running:
+                blocks = blocks_by_rank(running)
+                for batch, context in dict.fromkeys(loads):
+                    key = f"{batch}x{context}"
+                    steps[key] = await load_steps(running, batch, context)
+                    print(f"{shape} {side} {key}: {[round(s * 1e3, 3) for s in steps[key]]} ms", flush=True)
+        finally:
+            for log in (folder / "group").glob("*.log"):
+                print(f"--- {log.name}\n{log.read_text(errors='replace')[-4000:]}", flush=True)
+    return Measured(shape, side, sum(blocks) * BLOCK, steps)
+
+
+def in_processes(shape: str, side: str, gpus: int, out: Path) -> list[Measured]:
+    """`measure` in a process of its own, or in one per GPU at a time. The GPUs are free again afterwards."""
+    out.mkdir(parents=True, exist_ok=True)
+    start, children = time.monotonic(), []
+    for index in range(gpus if side == "one" else 1):
+        name = f"multigpu-{shape}-{side}-{index}"
+        command = [sys.executable, "-m", "benchmarks.multigpu", "--gpus", str(gpus), "--child", shape, side]
+        env = {**os.environ, **({"CUDA_VISIBLE_DEVICES": str(index)} if side == "one" else {})}
+        file = out / f"{name}.json"
+        with (out / f"{name}.log").open("w") as log:
+            process = subprocess.Popen([*command, "--out", str(file)], cwd=ROOT, stdout=log, stderr=log, env=env)
+        children.append((process, file))
+    try:
+        for process, file in children:
+            if process.wait(max(1.0, CHILD_TIMEOUT_S - (time.monotonic() - start))):
+                raise RuntimeError(f"{shape} {side} failed: see {file.with_suffix('.log')}")
+    finally:
+        for process, _ in children:
+            process.kill()
+    measured = [Measured(**json.loads(file.read_text())) for _, file in children]
+    for one in measured:
+        steps = {load: f"{median(found) * 1e3:.3f} ms" if found else "-" for load, found in one.steps.items()}
+        print(f"{shape} {side}: {one.kv_tokens} tokens of KV; {steps}", flush=True)
+    print(f"{shape} {side}: {time.monotonic() - start:.0f} s in all", flush=True)
+    return measured
+
+
+def compare(shape: str, gpus: int, measured: Sequence[Measured]) -> list[dict[str, Any]]:
+    """Per load: steps, tok/s, and what token parallelism should take."""
+    ones = [one for one in measured if one.side == "one"]
+    by_side = {one.side: one for one in measured}
+    tensor, token = by_side["tensor_parallel"], by_side["token_parallel"]
+    layers = SHAPES[shape]["num_hidden_layers"]
+    rows = []
+    for batch, context in LOADS[shape]:
+        if context == SHORT:
+            continue
+        halves = [one.step(batch // gpus, context) for one in ones]
+        whole, short, token_short = (
+            one.step(batch, tokens) for one, tokens in ((ones[0], context), (ones[0], SHORT), (token, SHORT))
+        )
+        # Attention takes time in proportion to its context, so one that fits tells of one that does not.
+        longest = max((c for b, c in LOADS[shape] if b == batch and ones[0].step(b, c)), default=SHORT)
+        fitting = ones[0].step(batch, longest)
+        row: dict[str, Any] = {"shape": shape, "batch": batch, "context": context, "gpus": gpus}
+        row["step_s"] = {
+            "token_parallel": token.step(batch, context),
+            "tensor_parallel": tensor.step(batch, context),
+            "replicas": max(half for half in halves if half) if all(halves) else None,
+            "one": whole,
+        }
+        row["tok_s"] = {side: batch / step for side, step in row["step_s"].items() if step}
+        if fitting and short and token_short and longest != SHORT:
+            attention = (fitting - short) * (context - SHORT) / (longest - SHORT)
+            row["predicted_step_s"] = token_short + attention / gpus
+            row["exchange_us_per_layer"] = (token_short - short) / layers * 1e6
+        rows.append(row)
+    return rows
+
+
+def figures(rows: Sequence[dict[str, Any]], measured: Sequence[Measured]) -> dict[str, float]:
+    """Of the longest load that each pair of sides holds."""
+
+    def ratio(other: str) -> float:
+        both = [row for row in rows if row["step_s"]["token_parallel"] and row["step_s"][other]]
+        return both[-1]["tok_s"]["token_parallel"] / both[-1]["tok_s"][other] if both else 0.0
+
+    tokens = {side: sum(one.kv_tokens for one in measured if one.side == side) for side in SIDES}
+    predicted = [row for row in rows if "predicted_step_s" in row and row["step_s"]["token_parallel"]]
+    result = {
+        "tok_s_ratio_tensor_parallel": ratio("tensor_parallel"),
+        "tok_s_ratio_replicas": ratio("replicas"),
+        "kv_tokens_ratio_tensor_parallel": tokens["token_parallel"] / tokens["tensor_parallel"],
+        "kv_tokens_ratio_replicas": tokens["token_parallel"] / tokens["one"],
+    }
+    if predicted:
+        result["step_over_predicted_max"] = max(
+            r["step_s"]["token_parallel"] / r["predicted_step_s"] for r in predicted
+        )
+        result["exchange_us_p50"] = median([row["exchange_us_per_layer"] for row in predicted])
+    return {name: value for name, value in result.items() if value}
+
+
+def bench(shapes: Sequence[str], gpus: int, out: Path) -> int:
+    """Runs everything and writes JSON per shape. Returns the exit status."""
+    for shape in shapes:
+        measured = [one for side in SIDES for one in in_processes(shape, side, gpus, out)]
+        rows = compare(shape, gpus, measured)
+        notes = [
+            f"{gpus} GPUs; NVLink multicast off: NCCL_NVLS_ENABLE={os.environ.get('NCCL_NVLS_ENABLE', 'unset')}",
+            "replicas: one engine per GPU, all at once, each with its part of the sequences; the slowest counts",
+            "predicted: the group's step at short contexts, and one GPU's attention over all, divided by the GPUs",
+            "exchange_us_per_layer: what a step of short contexts takes longer than on one GPU, per layer",
+            "ratios: tok/s of token parallelism over the other's, for the longest load that both hold",
+            f"medians of {REPEATS} repetitions; sides ran one after the other; weights are random, KV is not computed",
+        ]
+        found = figures(rows, measured)
+        unmeasured = sorted(set(FIGURES["multigpu"]) - set(found))
+        report = Report("multigpu", found, [*rows, *(asdict(one) for one in measured)], notes, unmeasured)
+        report.machine["driver"] = driver()
+        print(f"{report.write(out / shape)}: {report.figures}")
+    return 0
+
+
+def main() -> int:
+    """Returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.multigpu", description=__doc__.partition("\n")[0])
+    parser.add_argument("--shapes", nargs="+", default=["8b"], choices=list(SHAPES))
+    parser.add_argument("--gpus", type=int, default=torch.cuda.device_count(), help="how many to use")
+    parser.add_argument(
+        "--out", type=Path, default=Path("build/bench"), help="the JSON lands in a folder of it per shape"
+    )
+    parser.add_argument("--child", nargs=2, metavar=("SHAPE", "SIDE"), help="one engine only; --out is its file")
+    options = parser.parse_args()
+    if options.child:
+        measured = asyncio.run(measure(*options.child, options.gpus))
+        options.out.write_text(json.dumps(asdict(measured)))
+        return 0
+    if options.gpus < 2:
+        parser.error("two GPUs are needed")
+    return bench(options.shapes, options.gpus, options.out.absolute())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
