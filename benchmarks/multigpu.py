@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -62,7 +63,7 @@ LOADS: dict[str, tuple[tuple[int, int], ...]] = {
     "32b": ((16, SHORT), (32, SHORT), (16, 4096), (32, 4096), (32, 8192)),
 }
 """Sequences, and tokens of context of each."""
-SIDES = ("one", "tensor_parallel", "token_parallel")
+SIDES = ("token_parallel", "one", "tensor_parallel")
 """Engines of one GPU each, which run at the same time; and the two that take all GPUs."""
 
 
@@ -178,7 +179,9 @@ def in_processes(shape: str, side: str, gpus: int, out: Path) -> list[Measured]:
                 raise RuntimeError(f"{shape} {side} failed: see {file.with_suffix('.log')}")
     finally:
         for process, _ in children:
-            process.kill()
+            # It has workers to end.
+            process.send_signal(signal.SIGINT)
+            process.wait(30)
     measured = [Measured(**json.loads(file.read_text())) for _, file in children]
     for one in measured:
         steps = {load: f"{median(found) * 1e3:.3f} ms" if found else "-" for load, found in one.steps.items()}

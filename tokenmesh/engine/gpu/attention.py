@@ -29,7 +29,6 @@ from tokenmesh.engine.gpu.peer import GpuPeer
 from tokenmesh.engine.gpu.ranks import DeviceRanks
 from tokenmesh.engine.gpu.rows import PackedRows, SplitRows
 from tokenmesh.engine.group import RankGroup, active
-from tokenmesh.engine.settings import ConnectorSettings
 from tokenmesh.parallel.exchange import PeerLostError
 from tokenmesh.parallel.ids import STRIDE
 
@@ -95,10 +94,10 @@ class TokenParallelFlashBuilder(FlashAttentionMetadataBuilder):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._group = rank_group()
         self._ranks = device_ranks()
-        here = ConnectorSettings.from_vllm(vllm_config).device_ranks
         # One per rank, since each keeps its kernel's schedule at an address of its own.
         self._others = [
-            FlashAttentionMetadataBuilder(kv_cache_spec, layer_names, vllm_config, device) for _ in range(1, here)
+            FlashAttentionMetadataBuilder(kv_cache_spec, layer_names, vllm_config, device)
+            for _ in range(1, self._ranks.here)
         ]
         self._captured = frozenset(vllm_config.compilation_config.cudagraph_capture_sizes or ())
         self._max_rows = vllm_config.scheduler_config.max_num_seqs
@@ -249,7 +248,7 @@ class TokenParallelFlashImpl(FlashAttentionImpl):
         super().__init__(*args, **kwargs)
         self._group = rank_group()
         self._ranks = device_ranks()
-        self._streams = _Streams.of(self._ranks.ranks - 1)
+        self._streams = _Streams.of(self._ranks.here - 1)
 
     def forward(
         self,
@@ -285,35 +284,55 @@ class TokenParallelFlashImpl(FlashAttentionImpl):
         output: torch.Tensor,
     ) -> None:
         packed, count = metadata.packed, metadata.rows.shape[1]
-        watch = self._group.watch
-        peers = watch.peers if watch is not None else {}
         kernels.pack(query, key, value, metadata.rows, packed)
+        watch = self._group.watch
+        if watch is None:
+            self._decode_here(layer, query, key, value, kv_cache, metadata, output)
+        else:
+            # What a graph holds is announced when it is replayed.
+            peers = watch.peers if metadata.announced or torch.cuda.is_current_stream_capturing() else {}
+            # Sent before the root attends, whose kernel leaves no room on the GPU for any other beside it.
+            for rank, peer in peers.items():
+                self._with(peer, peer.pair.send, packed.packed[rank - 1, :count])
+            self._attend(layer, query, key, value, kv_cache, metadata.root, output)
+            for rank, peer in peers.items():
+                self._with(peer, peer.pair.receive, packed.output[rank - 1, :count])
+        kernels.unpack(metadata.rows, packed, output)
+
+    def _decode_here(
+        self,
+        layer: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: DecodeMetadata,
+        output: torch.Tensor,
+    ) -> None:
+        """Ranks on this GPU attend on streams of their own, beside the root."""
+        packed, count = metadata.packed, metadata.rows.shape[1]
         spans = self._ranks.spans(kv_cache.shape[0])
         main = torch.cuda.current_stream()
         streams = self._streams
         streams.forked.record(main)
-        for index, side in enumerate(streams.streams):
+        for index, other in enumerate(metadata.others):
+            side = streams.streams[index]
             side.wait_event(streams.forked)
             with torch.cuda.stream(side):
-                if metadata.others:
-                    self._attend(
-                        layer,
-                        packed.query[index, :count],
-                        packed.key[index, :count],
-                        packed.value[index, :count],
-                        kv_cache[slice(*spans[index + 1])],
-                        metadata.others[index],
-                        packed.output[index, :count],
-                    )
-                elif index + 1 in peers and (metadata.announced or torch.cuda.is_current_stream_capturing()):
-                    peer = peers[index + 1]
-                    self._with(peer, peer.pair.exchange, packed.packed[index, :count], packed.output[index, :count])
+                self._attend(
+                    layer,
+                    packed.query[index, :count],
+                    packed.key[index, :count],
+                    packed.value[index, :count],
+                    kv_cache[slice(*spans[index + 1])],
+                    other,
+                    packed.output[index, :count],
+                )
                 streams.done[index].record(side)
-        # The root's blocks are the first, if others have theirs here as well.
+        # The root's blocks come first, so they need not be cut out.
         self._attend(layer, query, key, value, kv_cache, metadata.root, output)
         for done in streams.done:
             main.wait_event(done)
-        kernels.unpack(metadata.rows, packed, output)
 
     def _mixed(
         self,
@@ -368,7 +387,7 @@ class _Streams:
     _made: _Streams | None = None
 
     def __init__(self, others: int) -> None:
-        self.streams = [torch.cuda.Stream(priority=-1) for _ in range(others)]
+        self.streams = [torch.cuda.Stream() for _ in range(others)]
         self.forked = torch.cuda.Event()
         self.done = [torch.cuda.Event() for _ in range(others)]
 

@@ -27,6 +27,8 @@ class DeviceRanks:
     def __init__(self, ranks: int, root_share: float | None, max_seqs: int) -> None:
         """`ranks`: the root included; `root_share`: None if each has its own GPU; `max_seqs`: vLLM's request slots."""
         self.ranks = ranks
+        self.here = 1 if root_share is None else ranks
+        """Those on this GPU, the root included."""
         self._root_share = root_share
         self._spans: dict[int, list[tuple[int, int]]] = {}
         self._owners = np.zeros(max_seqs, dtype=np.int32)
