@@ -19,7 +19,7 @@ from torch.distributed import TCPStore
 from tokenmesh.parallel.exchange import Exchange
 from tokenmesh.parallel.peer import RankPeer
 from tokenmesh.parallel.plan import StepPlan
-from tokenmesh.parallel.process_group_exchange import ProcessGroupExchange
+from tokenmesh.parallel.gloo_exchange import GlooExchange
 from tokenmesh.parallel.rank import LayerSpec, RankProtocol, RankSpec
 from tokenmesh.parallel.rows import HeadShape, RowViews
 
@@ -67,7 +67,7 @@ def _serve(transport: Transport, core: int, steps: int, pipe: Connection) -> Non
         pair = accepted
     else:
         store = TCPStore("127.0.0.1", pipe.recv(), 2, False)
-        pair = ProcessGroupExchange("gloo", store, False, None)
+        pair = GlooExchange(store, False, None)
     while protocol.steps < steps:
         pair.receive(protocol.expects)
         answer = protocol.received()
@@ -112,7 +112,7 @@ def _drive(transport: Transport, rows: int, steps: int, pipe: Connection) -> lis
     else:
         store = TCPStore("127.0.0.1", 0, 2, True, wait_for_workers=False)
         pipe.send(store.port)
-        exchange = ProcessGroupExchange("gloo", store, True, 30)
+        exchange = GlooExchange(store, True, 30)
     peer = RankPeer(1, exchange, SPEC)
     dtype = SHAPE.torch_dtype
     query = torch.zeros(rows, SHAPE.heads, SHAPE.head_size, dtype=dtype)

@@ -1,4 +1,4 @@
-"""A root and a rank in two processes over a process group; Gloo here, since NCCL needs GPUs."""
+"""A root and a rank in two processes over Gloo."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from torch.distributed import TCPStore
 
 from tokenmesh.parallel.exchange import PeerLostError
-from tokenmesh.parallel.process_group_exchange import ProcessGroupExchange
+from tokenmesh.parallel.gloo_exchange import GlooExchange
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -27,9 +27,9 @@ from datetime import timedelta
 import torch
 from torch.distributed import TCPStore
 from tokenmesh.parallel.exchange import PeerLostError
-from tokenmesh.parallel.process_group_exchange import ProcessGroupExchange
+from tokenmesh.parallel.gloo_exchange import GlooExchange
 store = TCPStore("127.0.0.1", int(sys.argv[1]), 2, False, timedelta(seconds=60))
-pair = ProcessGroupExchange("gloo", store, False, None)
+pair = GlooExchange(store, False, None)
 try:
     for size in [int(size) for size in sys.argv[2].split(",")]:
         data = torch.zeros(size, dtype=torch.uint8)
@@ -49,7 +49,7 @@ class Pair:
         store = TCPStore("127.0.0.1", 0, 2, True, timedelta(seconds=60), wait_for_workers=False)
         command = [sys.executable, "-c", RANK, str(store.port), ",".join(map(str, SIZES))]
         self.rank = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        self.root = ProcessGroupExchange("gloo", store, True, 30.0)
+        self.root = GlooExchange(store, True, 30.0)
         self.root._deadline = timedelta(seconds=DEADLINE_S)
 
     def says(self) -> str:
