@@ -17,9 +17,9 @@ import torch
 from torch.distributed import TCPStore
 
 from tokenmesh.parallel.exchange import Exchange
+from tokenmesh.parallel.gloo_exchange import GlooExchange
 from tokenmesh.parallel.peer import RankPeer
 from tokenmesh.parallel.plan import StepPlan
-from tokenmesh.parallel.gloo_exchange import GlooExchange
 from tokenmesh.parallel.rank import LayerSpec, RankProtocol, RankSpec
 from tokenmesh.parallel.rows import HeadShape, RowViews
 
