@@ -33,6 +33,8 @@ class SeenSpan:
     message: str
     attributes: dict[str, Any]
     events: tuple[str, ...]
+    details: tuple[dict[str, Any], ...]
+    """Of each event: its attributes."""
     links: tuple[str, ...]
     """Span ids."""
 
@@ -127,6 +129,7 @@ def _seen(span: trace_pb2.Span, resource: dict[str, Any]) -> SeenSpan:
         message=span.status.message,
         attributes=_values(span.attributes),
         events=tuple(event.name for event in span.events),
+        details=tuple(_values(event.attributes) for event in span.events),
         links=tuple(link.span_id.hex() for link in span.links),
     )
 

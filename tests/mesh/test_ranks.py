@@ -13,12 +13,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
 from tests.conftest import RunningMesh, free_port, mesh_config, run_mesh
+from tests.mesh.test_cancel import rest_body
 from tests.mesh.test_exactness import plain_engine, prompts, through_mesh
-from tests.otlp import Receiver
+from tests.mesh.test_failover import prompt
+from tests.mesh.test_traces import CLIENT, new_trace
+from tests.otlp import Receiver, Trace
 from tokenmesh.config import MeshConfig
 from tokenmesh.telemetry import span_names as names
 from tokenmesh.v1 import admin_pb2, sampling_pb2
@@ -67,6 +71,11 @@ def two_free_ports() -> int:
             c.laddr and c.laddr.port == first + 1 for c in psutil.net_connections("tcp") if c.status == "LISTEN"
         ):
             return first
+
+
+def received_on(trace: Trace) -> set[int]:
+    """Ranks other than the root that received KV in a trace."""
+    return {span.attributes[names.RANK] for span in trace.named(names.KV_RECEIVE) if span.role == "decode-worker"}
 
 
 async def watch(mesh: RunningMesh, done: asyncio.Event) -> list[list[admin_pb2.RankStatus]]:
@@ -156,10 +165,24 @@ async def test_a_killed_rank_costs_time_and_no_token(group: Group, spans: Receiv
     await asyncio.to_thread(mesh.reset_caches)
     before = await asyncio.to_thread(mesh.status, mesh.root_address)
 
-    # (1) A wave is decoding on all ranks when the second worker is killed.
+    # (1) Through the gateway, one sequence for each rank, as others decode.
+    clients = [new_trace() for _ in range(RANKS)]
+    bodies = [rest_body(mesh, prompt(300, seed=70 + i), max_tokens=300, stream=False) for i in range(RANKS)]
+    http = httpx.AsyncClient(base_url=mesh.rest_url, timeout=240)
+    asked = [
+        asyncio.create_task(http.post("/v1/completions", json=body, headers=headers))
+        for body, (_, headers) in zip(bodies, clients, strict=True)
+    ]
+    while not all(rank.sequences for rank in (await asyncio.to_thread(mesh.status, mesh.root_address)).ranks):
+        assert not any(answer.done() for answer in asked)
+        await asyncio.sleep(0.05)
+    # What a worker has not told of its part dies with it.
+    await asyncio.sleep(1.5)
+
+    # A wave is decoding on all ranks when the second worker is killed.
     wave = asyncio.create_task(through_mesh(mesh, group.wave, concurrent=16, new_tokens=NEW_TOKENS))
     victim = await asyncio.to_thread(worker_process, group, 1)
-    while not (await asyncio.to_thread(mesh.status, mesh.root_address)).ranks[2].sequences:
+    while (await asyncio.to_thread(mesh.status, mesh.root_address)).ranks[2].sequences < 2:
         assert not wave.done()
         await asyncio.sleep(0.05)
     os.kill(victim.pid, signal.SIGKILL)
@@ -177,9 +200,24 @@ async def test_a_killed_rank_costs_time_and_no_token(group: Group, spans: Receiv
     assert after.group.detached == before.group.detached + 1
     assert [rank.attached for rank in after.ranks] == [True, True, False]
 
+    answers = [await answer for answer in asked]
+    await http.aclose()
+    assert [answer.json()["usage"]["completion_tokens"] for answer in answers] == [300] * RANKS
+
     # The traces are whole, and call no sequence failed.
     await asyncio.sleep(1.5)
+    through_gateway = [spans.trace(trace_id) for trace_id, _ in clients]
+    (hit,) = [trace for trace in through_gateway if 2 in received_on(trace)]
+    assert {("gateway", "decode-root"), ("decode-root", "prefill"), ("decode-root", "decode-worker")} == hit.edges()
+    for trace in through_gateway:
+        assert trace.orphans({CLIENT}) == []
+        assert not any(span.error for span in trace.spans), [span for span in trace.spans if span.error]
+        decode = trace.one(names.DECODE)
+        lost = decode.details[decode.events.index(names.RANK_LOST)]
+        assert lost[names.RANK] == 2
+        assert lost[names.LOSS_REASON]
     ids = {span.trace_id for span in spans.all()[seen:] if span.name == names.DECODE}
+    ids -= {trace_id for trace_id, _ in clients}
     traces = [spans.trace(trace_id) for trace_id in ids]
     decodes = [span for trace in traces for span in trace.named(names.DECODE)]
     assert len(decodes) == len(group.wave)
