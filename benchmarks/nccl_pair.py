@@ -52,7 +52,7 @@ def run(pair: NcclPair, is_root: bool, rows: list[int], device: torch.device) ->
         request = torch.zeros(count, HEADS + 2 * KV_HEADS, HEAD_SIZE, dtype=torch.bfloat16, device=device)
         reply = torch.zeros(count, HEADS, HEAD_SIZE, dtype=torch.bfloat16, device=device)
 
-        def apart(request: torch.Tensor = request, reply: torch.Tensor = reply) -> None:
+        def layer(request: torch.Tensor = request, reply: torch.Tensor = reply) -> None:
             if is_root:
                 pair.send(request)
                 pair.receive(reply)
@@ -60,17 +60,9 @@ def run(pair: NcclPair, is_root: bool, rows: list[int], device: torch.device) ->
                 pair.receive(request)
                 pair.send(reply)
 
-        def at_once(request: torch.Tensor = request, reply: torch.Tensor = reply) -> None:
-            if is_root:
-                pair.exchange(request, reply)
-            else:
-                pair.receive(request)
-                pair.send(reply)
-
-        for name, layer in (("send, then receive", apart), ("in one kernel", at_once)):
-            times = replay(captured(layer))
-            if is_root:
-                print(f"{count} rows, {name}: {median(times):.1f} us per layer", flush=True)
+        times = replay(captured(layer))
+        if is_root:
+            print(f"{count} rows: {median(times):.1f} us per layer", flush=True)
 
 
 def main() -> int:

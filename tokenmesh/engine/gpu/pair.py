@@ -46,7 +46,6 @@ class NcclPair:
         token = torch.zeros(1, dtype=torch.uint8, device=device)
         for verb in (self.send, self.receive) if is_root else (self.receive, self.send):
             verb(token)
-        self.exchange(token, token.clone())
         torch.cuda.synchronize(device)
 
     @contextlib.contextmanager
@@ -74,12 +73,6 @@ class NcclPair:
         with self._in_one_go() as stream:
             for tensor in tensors:
                 self._comm.recv(tensor, self._peer, stream)
-
-    def exchange(self, data: torch.Tensor, answer: torch.Tensor) -> None:
-        """Sends one tensor and receives another in one kernel; the other end may compute in between."""
-        with self._in_one_go() as stream:
-            self._comm.send(data, self._peer, stream)
-            self._comm.recv(answer, self._peer, stream)
 
     @property
     def aborted(self) -> bool:
