@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from tokenmesh.engine.gpu.attention import TokenParallelFlashBuilder
+from tokenmesh.engine.gpu.metadata import TokenParallelFlashBuilder
+from tokenmesh.engine.gpu.rows import SplitRows, split_reference
 from tokenmesh.parallel.ids import STRIDE
 
 BLOCK = 4
@@ -55,3 +56,65 @@ def test_each_rank_sees_its_requests_as_if_they_were_the_batch() -> None:
     # 4. Requests side by side are a slice, which copies nothing.
     _, tokens = TokenParallelFlashBuilder._select(builder, common, starts, np.array([1, 2]), 1)
     assert tokens == slice(3, 6)
+
+
+class Watch:
+    """Stands in for the watch over ranks on other GPUs: notes what they are told."""
+
+    def __init__(self, *ranks: int) -> None:
+        self.peers = {rank: f"peer {rank}" for rank in ranks}
+        self.told: list[tuple[Any, ...]] = []
+
+    def announce(self, rank: int, step: tuple[int, ...], *plan: torch.Tensor) -> None:
+        self.told.append((rank, step, [tensor.tolist() for tensor in plan]))
+        assert all(tensor.is_contiguous() for tensor in plan)
+
+
+def test_a_rank_on_another_gpu_is_told_of_its_share() -> None:
+    # 1. Two requests of 3 and 2 tokens; both live on rank 2, and rank 1 is there as well.
+    starts = np.array([0, 3, 5], dtype=np.int32)
+    common = CommonAttentionMetadata(
+        query_start_loc=torch.from_numpy(starts),
+        query_start_loc_cpu=torch.from_numpy(starts),
+        seq_lens=torch.tensor([7, 2], dtype=torch.int32),
+        seq_lens_cpu_upper_bound=torch.tensor([7, 2], dtype=torch.int32),
+        num_reqs=2,
+        num_actual_tokens=5,
+        max_query_len=3,
+        max_seq_len=7,
+        block_table_tensor=torch.tensor([[5, 6], [9, 0]], dtype=torch.int32) + 2 * STRIDE,
+        slot_mapping=torch.tensor([24, 25, 26, 36, 37, -1]) + 2 * STRIDE * BLOCK,
+    )
+    watch = Watch(1, 2)
+    builder: Any = SimpleNamespace(
+        block_size=BLOCK, _upload=torch.from_numpy, _group=SimpleNamespace(watch=watch), _others=[]
+    )
+    builder._select = lambda *args: TokenParallelFlashBuilder._select(builder, *args)
+    metadata = TokenParallelFlashBuilder._build_mixed(builder, common, np.array([2, 2]), False)
+    # 2. Its host hears the sizes, its GPU lengths, slots, starts and block table, all in its own numbers.
+    assert watch.told == [(2, (2, 5, 3, 7, 2, False), [[7, 2], [24, 25, 26, 36, 37], [0, 3, 5], [[5, 6], [9, 0]]])]
+    assert metadata.shares == []
+    assert metadata.elsewhere == [("peer 2", slice(0, 5))]
+
+
+def test_all_ranks_on_other_gpus_hear_of_a_decode_batch_unless_it_is_none() -> None:
+    # 1. A batch of two rows, one of them rank 1's; rank 2 has none, but its part of the graph.
+    split = SplitRows(3, 4, 2, BLOCK, torch.device("cpu"))
+    table = torch.tensor([[3, 0], [STRIDE + 4, 0]], dtype=torch.int32)
+    split_reference(table, torch.tensor([1, 2], dtype=torch.int32), torch.tensor([12, 0]), split)
+    watch = Watch(1, 2)
+    builder: Any = SimpleNamespace(
+        _group=SimpleNamespace(watch=watch),
+        _ranks=SimpleNamespace(dummy=False),
+        use_full_cuda_graph=True,
+        _captured={2, 4},
+    )
+    assert TokenParallelFlashBuilder._announce(builder, split, 2, 9)
+    step = (2, 2, 1, 9, 2, True)
+    assert [told[:2] for told in watch.told] == [(1, step), (2, step)]
+    assert watch.told[0][2] == [[2, 0], [4 * BLOCK + 1, -1], [0, 1, 1], [[4, 0], [0, 0]]]
+    assert watch.told[1][2][0] == [0, 0]
+    # 2. While graphs are captured nothing is exchanged, so nobody may wait for it.
+    builder._ranks.dummy = True
+    assert not TokenParallelFlashBuilder._announce(builder, split, 2, 9)
+    assert len(watch.told) == 2
