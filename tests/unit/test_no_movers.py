@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from services.decode.root.service import DecodeServicer
 from tests.unit.small_kv import kv_config
-from tokenmesh.config import ConfigError, DecodeConfig, DecodeWorkerConfig, MeshConfig, PrefillConfig
+from tokenmesh.config import ConfigError, DecodeConfig, MeshConfig, PrefillConfig
 from tokenmesh.engine.consumer import ConsumerWorker
 from tokenmesh.engine.host import EngineHost, check_platform, ranks_on_device, token_parallel_args
 from tokenmesh.engine.scheduler import root_part
@@ -24,15 +24,12 @@ LOCAL = {"exchange": "local"}
 
 
 def test_what_needs_transfers_cannot_do_without() -> None:
-    # 1. A prefill service that is to run, a decode worker, and a root whose ranks are elsewhere.
-    for make in (
-        lambda: PrefillConfig(kv_transfer=NONE),
-        lambda: DecodeWorkerConfig(kv_transfer=NONE),
-        lambda: DecodeConfig(kv_transfer=NONE, token_parallel_size=2),
-    ):
+    # 1. A prefill service that is to run, and a decode worker whose root has KV moved to it.
+    for make in (lambda: PrefillConfig(kv_transfer=NONE), lambda: MeshConfig(decode_worker={"kv_transfer": NONE})):
         with pytest.raises(ValidationError, match="none"):
             make()
-    # 2. A root alone, or with ranks inside it, and no prefill services, is a mesh.
+    # 2. A root alone, or with ranks inside it or elsewhere, and no prefill services, is a mesh.
+    MeshConfig(decode_service={"kv_transfer": NONE}, decode_worker={"kv_transfer": NONE})
     MeshConfig(prefill_service={"replicas": 0}, decode_service={"kv_transfer": NONE, "token_parallel_size": 1})
     MeshConfig(decode_service={"kv_transfer": NONE, "token_parallel_size": 2, "group": LOCAL})
 
