@@ -59,10 +59,10 @@ def step_seconds(streams: Sequence[Stream]) -> float:
 class EngineGroup:
     """A running root with all its ranks attached."""
 
-    def __init__(self, engine: EngineHost, group: Group) -> None:
+    def __init__(self, engine: EngineHost, group: Group, workers: Sequence[Child]) -> None:
         self.engine = engine
         self.group = group
-        self.workers: list[Child] = []
+        self.workers = workers
         self.times: list[StepTimes] = []
         """What engine workers reported, oldest first."""
 
@@ -120,8 +120,7 @@ async def engine_group(config: MeshConfig, folder: Path) -> AsyncIterator[Engine
         workers = await _start_workers(config, file, stack)
         path = await asyncio.to_thread(resolve_model, config.model)
         engine = await stack.enter_async_context(run_engine(config, config.decode_service, path, 0, handle))
-        running = EngineGroup(engine, group)
-        running.workers = workers
+        running = EngineGroup(engine, group, workers)
         await group.start(engine)
         stack.push_async_callback(group.close)
         await _all_attached(running)

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,25 @@ MAX_SEQS = 64
 CAPTURED = [1, 2, 4, 8, 16, 32, 64]
 """Batch sizes of CUDA graphs, the same on all sides."""
 CHILD_TIMEOUT_S = 240
+ENGINE_ARGS = {
+    "load_format": "dummy",
+    "skip_tokenizer_init": True,
+    "attention_config": {"backend": "FLASH_ATTN"},
+    "compilation_config": {"cudagraph_capture_sizes": CAPTURED},
+}
+"""vLLM's, the same on all sides."""
 REPEATS = 3
 TOKENS = 96
 """Decoded per sequence and repetition."""
 
-SHAPES: dict[str, dict[str, int]] = {
-    "1b": {"num_hidden_layers": 16, "hidden_size": 2048, "intermediate_size": 8192, "head_dim": 64},
+SHAPES: dict[str, dict[str, Any]] = {
+    "1b": {
+        "num_hidden_layers": 16,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "head_dim": 64,
+        "tie_word_embeddings": True,
+    },
     "8b": {"num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 14336, "head_dim": 128},
 }
 """Llama-3.2-1B and Llama-3.1-8B."""
@@ -60,8 +73,8 @@ class Run:
     """Per repetition, the median time between tokens while all sequences decode; empty: the KV does not fit."""
 
 
-def write_model(shape: str, folder: Path) -> Path:
-    """The configuration of a Llama of that shape; its weights are made up by vLLM."""
+def write_model(shape: Mapping[str, Any], folder: Path) -> Path:
+    """The configuration of a model of that shape, a Llama unless it says otherwise; its weights are made up by vLLM."""
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -72,11 +85,11 @@ def write_model(shape: str, folder: Path) -> Path:
         "rms_norm_eps": 1e-5,
         "rope_theta": 500000.0,
         "hidden_act": "silu",
-        "tie_word_embeddings": shape == "1b",
+        "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
-        "bos_token_id": 128000,
-        "eos_token_id": 128001,
-        **SHAPES[shape],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        **shape,
     }
     (folder / "config.json").write_text(json.dumps(config))
     return folder
@@ -97,12 +110,7 @@ def config(model: Path, side: str) -> MeshConfig:
             "gpu_memory_utilization": 0.88,
             "enable_prefix_caching": False,
             "remote_prefill_min_tokens": 1,
-            "engine_args": {
-                "load_format": "dummy",
-                "skip_tokenizer_init": True,
-                "attention_config": {"backend": "FLASH_ATTN"},
-                "compilation_config": {"cudagraph_capture_sizes": CAPTURED},
-            },
+            "engine_args": ENGINE_ARGS,
             **SIDES[side],
         },
     )
@@ -139,7 +147,7 @@ async def measure(shape: str, side: str) -> list[Run]:
     runs = []
     with tempfile.TemporaryDirectory(prefix="tokenmesh-bench-") as name:
         folder = Path(name)
-        async with engine_group(config(write_model(shape, folder), side), folder / "group") as running:
+        async with engine_group(config(write_model(SHAPES[shape], folder), side), folder / "group") as running:
             for batch, context in LOADS:
                 steps = await load_steps(running, batch, context)
                 runs.append(Run(shape, side, batch, context, steps))

@@ -25,7 +25,18 @@ from typing import Any
 import torch
 
 from benchmarks.engine_group import engine_group
-from benchmarks.gpu import BLOCK, CAPTURED, MAX_SEQS, REPEATS, TOKENS, blocks_by_rank, driver, load_steps
+from benchmarks.gpu import (
+    BLOCK,
+    ENGINE_ARGS,
+    MAX_SEQS,
+    REPEATS,
+    TOKENS,
+    blocks_by_rank,
+    driver,
+    load_steps,
+    write_model,
+)
+from benchmarks.gpu import SHAPES as LLAMA
 from benchmarks.harness import FIGURES, ROOT, Report, median
 from tokenmesh.config import MeshConfig
 
@@ -38,15 +49,7 @@ SHORT = 128
 """Tokens of context of the load that shows what a step takes but for attention."""
 
 SHAPES: dict[str, dict[str, Any]] = {
-    "8b": {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "num_hidden_layers": 32,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_attention_heads": 32,
-        "vocab_size": 128256,
-    },
+    "8b": LLAMA["8b"],
     "32b": {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
@@ -54,6 +57,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "hidden_size": 5120,
         "intermediate_size": 25600,
         "num_attention_heads": 64,
+        "head_dim": 128,
         "vocab_size": 151936,
     },
 }
@@ -84,25 +88,6 @@ class Measured:
         return median(found) if found else None
 
 
-def write_model(shape: str, folder: Path) -> Path:
-    """The configuration of a model of that shape; its weights are made up by vLLM."""
-    config = {
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "max_position_embeddings": 32768,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0,
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        **SHAPES[shape],
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
 def config(shape: str, side: str, model: Path, gpus: int) -> MeshConfig:
     """A decode root, and its workers if the side has any."""
     tensor = gpus if side == "tensor_parallel" else 1
@@ -124,12 +109,7 @@ def config(shape: str, side: str, model: Path, gpus: int) -> MeshConfig:
             "gpu_memory_utilization": MEMORY,
             "enable_prefix_caching": False,
             "remote_prefill_min_tokens": 1,
-            "engine_args": {
-                "load_format": "dummy",
-                "skip_tokenizer_init": True,
-                "attention_config": {"backend": "FLASH_ATTN"},
-                "compilation_config": {"cudagraph_capture_sizes": CAPTURED},
-            },
+            "engine_args": ENGINE_ARGS,
         },
         decode_worker={
             "gpus": f"1-{gpus - 1}" if gpus > 1 else None,
@@ -147,7 +127,7 @@ async def measure(shape: str, side: str, gpus: int) -> Measured:
     steps = {}
     with tempfile.TemporaryDirectory(prefix="tokenmesh-bench-") as name:
         folder = Path(name)
-        settings = config(shape, side, write_model(shape, folder), gpus)
+        settings = config(shape, side, write_model(SHAPES[shape], folder), gpus)
         try:
             async with engine_group(settings, folder / "group") as running:
                 blocks = blocks_by_rank(running)

@@ -175,3 +175,15 @@ def test_a_dropped_rank_that_dies_is_aborted_all_the_same(watch: PeerWatch, rank
     watch.drop(1, 7)
     rank.end()
     assert soon(lambda: pair.aborted)
+
+
+def test_a_rank_that_nccl_does_not_find_is_let_go(watch: PeerWatch, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise PeerLostError("no NCCL pair")
+
+    monkeypatch.setattr(peers, "NcclPair", refuse)
+    rank = FakeRank()
+    with pytest.raises(PeerLostError, match="no NCCL pair"):
+        watch.connect(1, 7, ("127.0.0.1", rank.port), rank.token)
+    assert not watch.peers
+    rank.end()

@@ -21,6 +21,7 @@ from tokenmesh.v1 import decode_pb2, sampling_pb2
 
 NONE = {"transport": "none"}
 LOCAL = {"exchange": "local"}
+NCCL = {"exchange": "nccl"}
 
 
 def test_what_needs_transfers_cannot_do_without() -> None:
@@ -89,12 +90,24 @@ def test_what_gpus_cannot_do_yet_is_refused_with_what_they_can() -> None:
     for section in (PrefillConfig(), DecodeConfig(token_parallel_size=1)):
         with pytest.raises(ConfigError, match="on GPUs set it to none"):
             check_platform(section)
-    # 2. Ranks on other machines cannot be had by any other way either.
-    with pytest.raises(ConfigError, match="set it to none"):
-        check_platform(DecodeConfig(token_parallel_size=2))
-    # 3. A plain root, and one with ranks on its GPU.
-    check_platform(DecodeConfig(kv_transfer=NONE, token_parallel_size=1))
+    # 2. Rows between hosts' memories, and shards that would have to notice a loss at the same step.
+    with pytest.raises(ConfigError, match="set it to nccl"):
+        check_platform(DecodeConfig(kv_transfer=NONE, token_parallel_size=2))
+    with pytest.raises(ConfigError, match="set it to 1"):
+        check_platform(DecodeConfig(kv_transfer=NONE, token_parallel_size=2, tensor_parallel_size=2, group=NCCL))
+    # 3. A plain root, one with ranks on its GPU, and one with ranks on others.
+    check_platform(DecodeConfig(kv_transfer=NONE, token_parallel_size=1, tensor_parallel_size=2))
     check_platform(DecodeConfig(kv_transfer=NONE, token_parallel_size=3, group=LOCAL))
+    check_platform(DecodeConfig(kv_transfer=NONE, token_parallel_size=3, group=NCCL))
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_root_with_ranks_on_other_gpus_has_its_own_blocks_alone() -> None:
+    section = DecodeConfig(kv_transfer=NONE, token_parallel_size=3, group={**NCCL, "kv_blocks": 300})
+    assert ranks_on_device(section) == 1
+    values = token_parallel_args(section)
+    assert values["num_gpu_blocks_override"] == 101
+    assert values["worker_cls"].endswith("TokenParallelGpuWorker")
 
 
 @pytest.mark.usefixtures("gpu")

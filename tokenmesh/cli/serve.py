@@ -12,7 +12,7 @@ from pathlib import Path
 import structlog
 import uvloop
 
-from tokenmesh.config import ConfigError, MeshConfig, load_config
+from tokenmesh.config import ConfigError, DecodeWorkerConfig, EngineConfig, MeshConfig, load_config
 from tokenmesh.cpus import confine
 from tokenmesh.gpus import show_gpus
 from tokenmesh.logs import setup_logging
@@ -48,8 +48,7 @@ def serve(role: ServiceRole, config: Path | None, replica: int) -> int:
         print(f"tokenmesh: {error}", file=sys.stderr)
         return 2
     try:
-        confine(_cpus(mesh, role))
-        show_gpus(*_gpus(mesh, role), replica)
+        _confine(mesh, role, replica)
     except ValueError as error:
         print(f"tokenmesh: {role.value}: {error}", file=sys.stderr)
         return 2
@@ -77,26 +76,17 @@ def serve(role: ServiceRole, config: Path | None, replica: int) -> int:
     return 0
 
 
-def _cpus(mesh: MeshConfig, role: ServiceRole) -> str | None:
+def _confine(mesh: MeshConfig, role: ServiceRole, replica: int) -> None:
+    """Keeps the service to its cores and its GPUs. Raises ValueError if it has none of them."""
     match role:
         case ServiceRole.PREFILL:
-            return mesh.prefill_service.cpus
+            section: EngineConfig | DecodeWorkerConfig = mesh.prefill_service
+            shards = mesh.prefill_service.tensor_parallel_size
         case ServiceRole.DECODE_ROOT:
-            return mesh.decode_service.cpus
+            section, shards = mesh.decode_service, mesh.decode_service.tensor_parallel_size
         case ServiceRole.DECODE_WORKER:
-            return mesh.decode_worker.cpus
+            section, shards = mesh.decode_worker, mesh.decode_service.tensor_parallel_size
         case ServiceRole.GATEWAY:
-            return None
-
-
-def _gpus(mesh: MeshConfig, role: ServiceRole) -> tuple[str | None, int]:
-    """(GPUs of all replicas, how many one has)."""
-    match role:
-        case ServiceRole.PREFILL:
-            return mesh.prefill_service.gpus, mesh.prefill_service.tensor_parallel_size
-        case ServiceRole.DECODE_ROOT:
-            return mesh.decode_service.gpus, mesh.decode_service.tensor_parallel_size
-        case ServiceRole.DECODE_WORKER:
-            return mesh.decode_worker.gpus, mesh.decode_service.tensor_parallel_size
-        case ServiceRole.GATEWAY:
-            return None, 0
+            return
+    confine(section.cpus)
+    show_gpus(section.gpus, shards, replica)

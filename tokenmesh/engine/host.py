@@ -258,6 +258,12 @@ def check_platform(section: EngineConfig) -> None:
             f"{name}.kv_transfer.transport: {section.kv_transfer.transport} moves KV from and into CPU memory only, in"
             " this version; on GPUs set it to none, and prompts are computed where they are decoded"
         )
+    if grouped and exchange == "nccl" and section.tensor_parallel_size > 1:
+        # A lost rank has graphs captured again, which shards would have to begin at the same step.
+        raise ConfigError(
+            "decode_service.tensor_parallel_size: more than 1 does not go with group.exchange: nccl, in this version;"
+            " set it to 1"
+        )
     if grouped and exchange == "ucx":
         raise ConfigError(
             "decode_service.group.exchange: ucx reaches ranks on CPUs only; on GPUs set it to nccl, or to local for"

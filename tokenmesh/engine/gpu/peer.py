@@ -112,7 +112,12 @@ class PeerWatch:
             except PeerLostError:
                 control.close()
                 raise
-        peer.meet(self._device)
+        try:
+            peer.meet(self._device)
+        except PeerLostError:
+            with self.lock:
+                peer.close()
+            raise
         with self.lock:
             self.peers[rank] = peer
             return control.transport
