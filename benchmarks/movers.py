@@ -40,6 +40,7 @@ from tokenmesh.kv.messages import (
     encode,
 )
 from tokenmesh.kv.mover import MoverArgs
+from tokenmesh.kv.shares import HostShare
 
 T = TypeVar("T")
 ANSWER_S = 60.0
@@ -100,8 +101,7 @@ class MoverProcess:
         )
         self._args = MoverArgs(
             shard=0,
-            fd=self._fd,
-            nbytes=nbytes,
+            memory=HostShare(self._fd, nbytes),
             geometry=geometry or BlockGeometry(layout.layers, 1, 1, 1, "uint8", size, "bench"),
             spans=[LayerSpan(layer * blocks * size, size) for layer in range(layout.layers)],
             hub=self.hub.address,

@@ -50,24 +50,28 @@ class KvTransferConfig(_Section):
     role: Literal["kv_producer", "kv_consumer"] | None = None
     """Follows from the section it stands in; a contradiction is an error."""
     transport: Literal["auto", "shm", "tcp", "system", "none"] = "auto"
-    """``auto``: shared memory on one host, else UCX's best; ``tcp``: only that; ``system``: UCX_* untouched;
-    ``none``: no KV moves and no mover runs, prompts are computed where they are decoded. On GPUs only ``none`` works
-    in this version."""
+    """``auto``: on one host shared memory, or GPU to GPU (cuda_ipc), else UCX's best; ``tcp``: only that; ``system``:
+    UCX_* untouched; ``none``: no KV moves and no mover runs, prompts are computed where they are decoded."""
     host: str = "127.0.0.1"
     """Address of this service's UCX listener, as its peers reach it."""
     port: Port = 0
     """Port of the UCX listener of replica 0's shard 0; the next shard listens on the next port, and after the last
     shard the next replica begins. 0 picks free ones."""
-    chunk_bytes: Annotated[int, Field(ge=64 << 10, le=256 << 20)] = 8 << 20
-    """Largest UCX message. Scattered blocks are gathered up to this size."""
+    chunk_bytes: Annotated[int, Field(ge=64 << 10, le=256 << 20)] | None = None
+    """Largest UCX message. Scattered blocks are gathered up to this size. Absent: 8 MiB, or 64 MiB between GPUs, where
+    a message costs more to begin than to move; a mover takes 2 x ``window`` of them."""
     window: Annotated[int, Field(ge=1, le=16)] = 4
     """Messages in flight per pair."""
     timeout_s: Annotated[float, Field(gt=0)] = 60.0
     """A remote prefill, queueing included, that takes longer is given up and the prompt computed locally."""
     codec: Literal["none", "lossless", "bf16", "fp16", "fp8", "auto"] = "none"
     """How KV is encoded on its way; a decode root asks for it. ``lossless``: exact, for links slower than its
-    compression. ``bf16``, ``fp16``, ``fp8``: rounded, which also bridges caches of different dtype. ``auto``: of the
-    exact ones, what the measured link and codecs promise most of."""
+    compression, in CPU memory only. ``bf16``, ``fp16``, ``fp8``: rounded, which also bridges caches of different dtype.
+    ``auto``: of the exact ones, what the measured link and codecs promise most of."""
+
+    def chunk(self, device: bool) -> int:
+        """Largest UCX message in bytes. `device`: KV lies on a GPU."""
+        return self.chunk_bytes or (64 << 20 if device else 8 << 20)
 
 
 class EngineConfig(_Section):

@@ -203,13 +203,14 @@ async def test_a_transfer_that_has_failed_is_not_lost_by_being_cancelled(monkeyp
 
 
 async def test_a_transfer_cancelled_under_its_checksum_gives_staging_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokenmesh.kv.checksum.SLICE_BYTES", 1)
     worker = MemoryWorker()
     sending, owning = (
         SendingEnd(worker, Cache(GEOMETRY, BLOCKS), CHUNK),
         OwningEnd(worker, Cache(GEOMETRY, BLOCKS), CHUNK),
     )
     # (1) Scattered blocks are gathered, and then summed for many turns of the loop.
+    await sending.sender.peer(*owning.address)
+    monkeypatch.setattr("tokenmesh.kv.checksum.SLICE_BYTES", 1)
     sending.sender.start(b"c" * 16, [Destination(*owning.address)])
     sending.sender.add(Push(b"c" * 16, 0, 0, [6, 3]))
     async with asyncio.timeout(10):

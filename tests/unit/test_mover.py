@@ -36,6 +36,7 @@ from tokenmesh.kv.messages import (
     encode,
 )
 from tokenmesh.kv.mover import MoverArgs
+from tokenmesh.kv.shares import HostShare
 
 T = TypeVar("T")
 LAYERS, BLOCKS, SIZE = 4, 32, 48 << 10
@@ -65,8 +66,7 @@ class LocalMover:
         spans = [LayerSpan(layer * BLOCKS * SIZE, SIZE) for layer in range(LAYERS)]
         args = MoverArgs(
             0,
-            self._fd,
-            NBYTES,
+            HostShare(self._fd, NBYTES),
             GEOMETRY,
             spans,
             self.hub.address,

@@ -10,8 +10,9 @@ import torch
 from pydantic import ValidationError
 
 from services.decode.root.service import DecodeServicer
+from services.decode.worker.processes import ShardProcesses
 from tests.unit.small_kv import kv_config
-from tokenmesh.config import ConfigError, DecodeConfig, MeshConfig, PrefillConfig
+from tokenmesh.config import ConfigError, DecodeConfig, DecodeWorkerConfig, GroupConfig, MeshConfig, PrefillConfig
 from tokenmesh.engine.consumer import ConsumerWorker
 from tokenmesh.engine.host import EngineHost, check_platform, ranks_on_device, token_parallel_args
 from tokenmesh.engine.scheduler import root_part
@@ -85,11 +86,15 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("gpu")
-def test_what_gpus_cannot_do_yet_is_refused_with_what_they_can() -> None:
-    # 1. KV from and into GPU memory.
-    for section in (PrefillConfig(), DecodeConfig(token_parallel_size=1)):
-        with pytest.raises(ConfigError, match="on GPUs set it to none"):
-            check_platform(section)
+def test_what_gpus_cannot_do_is_refused_with_what_they_can() -> None:
+    # 1. Ways for KV that lead through host memory, of engines and of workers; others are fine.
+    for transfer, why in (({"transport": "shm"}, "set it to auto"), ({"codec": "lossless"}, "set it to none")):
+        with pytest.raises(ConfigError, match=why):
+            check_platform(DecodeConfig(kv_transfer=transfer, token_parallel_size=1))
+        with pytest.raises(ConfigError, match=why):
+            ShardProcesses(DecodeWorkerConfig(kv_transfer=transfer), GroupConfig(**NCCL), 0, None)  # type: ignore[arg-type]
+    for section in (PrefillConfig(), DecodeConfig(token_parallel_size=1, kv_transfer={"codec": "fp8"})):
+        check_platform(section)
     # 2. Rows between hosts' memories, and shards that would have to notice a loss at the same step.
     with pytest.raises(ConfigError, match="set it to nccl"):
         check_platform(DecodeConfig(kv_transfer=NONE, token_parallel_size=2))

@@ -32,7 +32,7 @@ class Owner:
         return self.data.reshape(LAYERS, BLOCKS, SIZE)[layer, block]
 
     def deliver(self, header: Header, payload: np.ndarray) -> None:
-        self.receiver._apply(header, payload, "test", payload)
+        self.receiver._apply(header, payload, header.intact(payload), "test")
 
     def settle(self, transfer_id: bytes = TICKET) -> Settled:
         self.receiver.settle(transfer_id)

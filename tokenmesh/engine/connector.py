@@ -56,6 +56,16 @@ class TokenParallelKVConnector(KVConnectorBase_V1):
         else:
             self._worker = (ProducerWorker if producer else ConsumerWorker)(settings, vllm_config)
 
+    @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
+        """vLLM's hook. On GPUs heads must lie apart, to be moved one by one; on CPUs they always do."""
+        return None if current_platform.is_cpu() else "HND"
+
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        """vLLM's hook. A full graph would replay a prefill step without telling of its layers."""
+        return ConnectorSettings.from_extra_config(extra_config).layerwise
+
     @property
     def scheduler(self) -> ProducerScheduler | ConsumerScheduler:
         """The scheduler half; only in the engine-core process."""

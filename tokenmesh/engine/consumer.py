@@ -16,6 +16,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from tokenmesh.engine.counts import CountsReporter
+from tokenmesh.engine.device_order import InDeviceOrder
 from tokenmesh.engine.group import active
 from tokenmesh.engine.settings import IDLE_WAIT_S, ConnectorSettings, FetchFrom
 from tokenmesh.engine.shared_kv import SharedKv, geometry_of
@@ -33,11 +34,18 @@ if TYPE_CHECKING:
 class ConsumerPlan(KVConnectorMetadata):
     """Scheduler half → worker half; what has arrived the service tells the workers itself."""
 
-    def __init__(self, idle: bool = False, dropped: list[tuple[int, int]] | None = None) -> None:
+    def __init__(
+        self,
+        idle: bool = False,
+        dropped: list[tuple[int, int]] | None = None,
+        wanted: list[WantKv] | None = None,
+    ) -> None:
         self.idle = idle
         """The step computes nothing."""
         self.dropped = dropped or []
         """(rank, epoch) that the scheduler has taken out of the group."""
+        self.wanted = wanted or []
+        """Prompts to be asked for when the device has done the steps before this one."""
 
 
 class RankReport(KVConnectorWorkerMetadata):
@@ -68,6 +76,8 @@ class ConsumerScheduler:
         """Epoch of each attached rank; kept by the scheduler."""
         self.dropped: list[tuple[int, int]] = []
         """Ranks that the workers must let go of, from the next step on."""
+        self._behind_device = settings.device
+        self._wanted: list[WantKv] = []
 
     def rank_messages(self) -> list[ToScheduler]:
         """What the service has told about ranks since last asked."""
@@ -100,13 +110,19 @@ class ConsumerScheduler:
         start = request.num_prompt_tokens - num_external_tokens
         first, stop = start // self._block_size, -(-request.num_prompt_tokens // self._block_size)
         key = (request.kv_transfer_params or {})[FetchFrom.KEY]
-        self._link.send(WantKv(request.request_id, key, start, num_external_tokens, block_ids[first:stop]))
+        want = WantKv(request.request_id, key, start, num_external_tokens, block_ids[first:stop])
+        if self._behind_device:
+            # Their last owner may have ended in a step that a GPU still computes, and that still writes to them.
+            self._wanted.append(want)
+        else:
+            self._link.send(want)
 
     def plan_step(self, output: SchedulerOutput) -> ConsumerPlan:
         """Hardly a plan; the step is an occasion to report block counts."""
         self.report_counts()
         dropped, self.dropped = self.dropped, []
-        return ConsumerPlan(output.total_num_scheduled_tokens == 0, dropped)
+        wanted, self._wanted = self._wanted, []
+        return ConsumerPlan(output.total_num_scheduled_tokens == 0, dropped, wanted)
 
     def finished(self, request: Request) -> bool:
         """Drops a request that ends while its KV is awaited; vLLM holds its blocks until KvArrived."""
@@ -135,12 +151,16 @@ class ConsumerWorker:
         self._shard = get_tensor_model_parallel_rank()
         self._link = EngineLink(settings.hub, f"worker-{self._shard}")
         self._kv: SharedKv | None = None
+        self._order: InDeviceOrder | None = None
         self._wait = 0.0
 
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Shares the cache and starts the mover, if anything is ever to be moved."""
         if self._settings.transport != "none":
             self._kv = SharedKv(kv_caches, geometry_of(kv_caches, self._config), self._settings, self._shard)
+        if self._settings.device and self._shard == 0:
+            # A link of its own, since it is used from a thread of its own.
+            self._order = InDeviceOrder(EngineLink(self._settings.hub, "wants").send)
         group = active()
         if group is not None:
             group.number_layers(list(kv_caches), self._config.compilation_config.static_forward_context)
@@ -149,6 +169,9 @@ class ConsumerWorker:
         """Notes whether there is anything to compute."""
         assert isinstance(plan, ConsumerPlan)
         self._wait = IDLE_WAIT_S if plan.idle else 0.0
+        if self._order is not None:
+            for want in plan.wanted:
+                self._order.send(want)
         group = active()
         if group is not None:
             for rank, epoch in plan.dropped:
@@ -183,6 +206,8 @@ class ConsumerWorker:
 
     def close(self) -> None:
         """Ends the mover and closes the link."""
+        if self._order is not None:
+            self._order.close()
         if self._kv is not None:
             self._kv.close()
         self._link.close()

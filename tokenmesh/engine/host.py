@@ -12,6 +12,7 @@ import structlog
 
 from tokenmesh.config import ConfigError, DecodeConfig, EngineConfig, MeshConfig, PrefillConfig
 from tokenmesh.engine.settings import ConnectorSettings
+from tokenmesh.gpus import check_device_transfer
 from tokenmesh.kv.hub import LinkHub
 from tokenmesh.kv.messages import EngineCounts, MoverReady, ToService
 from tokenmesh.parallel.partition import local_blocks, split_blocks
@@ -113,6 +114,9 @@ async def run_engine(
     `handle` gets what the hub hears about transfers. Starting takes tens of seconds and happens in a thread, so that
     the service can answer health checks meanwhile.
     """
+    from vllm.platforms import current_platform
+
+    device = not current_platform.is_cpu()
     producer = isinstance(section, PrefillConfig)
     transfer = section.kv_transfer
     host: EngineHost | None = None
@@ -131,7 +135,7 @@ async def run_engine(
             host=transfer.host,
             port=transfer.port + replica * section.tensor_parallel_size if transfer.port else 0,
             transport=transfer.transport,
-            chunk_bytes=transfer.chunk_bytes,
+            chunk_bytes=transfer.chunk(device),
             window=transfer.window,
             cpus=sorted(os.sched_getaffinity(0)),
             remote_prefill_min_tokens=section.remote_prefill_min_tokens if isinstance(section, DecodeConfig) else 1,
@@ -139,6 +143,8 @@ async def run_engine(
             ranks=section.token_parallel_size if isinstance(section, DecodeConfig) else 1,
             device_ranks=device_ranks,
             root_share=root_share,
+            device=device,
+            layerwise=producer,
         )
         host.llm = await asyncio.to_thread(_start, mesh, section, model_path, producer, settings, extra)
         try:
@@ -241,7 +247,7 @@ def ranks_on_device(section: EngineConfig) -> int:
 
 
 def check_platform(section: EngineConfig) -> None:
-    """Raises ConfigError for what does not work on CPUs, or on GPUs yet."""
+    """Raises ConfigError for what does not work on CPUs, or on GPUs."""
     from vllm.platforms import current_platform
 
     grouped = isinstance(section, DecodeConfig) and section.token_parallel_size > 1
@@ -253,11 +259,7 @@ def check_platform(section: EngineConfig) -> None:
             )
         return
     name = "decode_service" if isinstance(section, DecodeConfig) else "prefill_service"
-    if section.kv_transfer.transport != "none":
-        raise ConfigError(
-            f"{name}.kv_transfer.transport: {section.kv_transfer.transport} moves KV from and into CPU memory only, in"
-            " this version; on GPUs set it to none, and prompts are computed where they are decoded"
-        )
+    check_device_transfer(section.kv_transfer, name)
     if grouped and exchange == "nccl" and section.tensor_parallel_size > 1:
         # A lost rank has graphs captured again, which shards would have to begin at the same step.
         raise ConfigError(

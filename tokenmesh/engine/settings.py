@@ -35,6 +35,8 @@ class ConnectorSettings(msgspec.Struct, frozen=True):
     window: int
     cpus: list[int]
     """Cores of the service."""
+    device: bool = False
+    """The cache is on a GPU, which the host runs ahead of."""
     remote_prefill_min_tokens: int = 1
     """Consumers only: fewer missing prompt tokens are computed locally."""
     placement: Policy = "balance"
@@ -46,6 +48,9 @@ class ConnectorSettings(msgspec.Struct, frozen=True):
     root_share: float = 1.0
     """Consumers only, with `device_ranks`: the root's part of the blocks relative to another rank's."""
 
+    layerwise: bool = False
+    """Producers: layers are told of one by one."""
+
     def to_extra_config(self) -> dict[str, Any]:
         """As kv_connector_extra_config."""
         return {"tokenmesh": msgspec.to_builtins(self)}
@@ -53,7 +58,12 @@ class ConnectorSettings(msgspec.Struct, frozen=True):
     @classmethod
     def from_vllm(cls, vllm_config: VllmConfig) -> ConnectorSettings:
         """Reads them back in an engine process."""
-        return msgspec.convert(vllm_config.kv_transfer_config.kv_connector_extra_config["tokenmesh"], cls)
+        return cls.from_extra_config(vllm_config.kv_transfer_config.kv_connector_extra_config)
+
+    @classmethod
+    def from_extra_config(cls, extra: dict[str, Any]) -> ConnectorSettings:
+        """Reads them back from kv_connector_extra_config."""
+        return msgspec.convert(extra["tokenmesh"], cls)
 
 
 class SendTo(msgspec.Struct, frozen=True):

@@ -1,4 +1,4 @@
-"""Puts an engine worker's KV cache into shared memory and starts the mover that serves it."""
+"""Shares an engine worker's KV cache, in host memory or on a GPU, with the mover that it starts."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ import msgspec
 import torch
 import zmq
 
+from tokenmesh.engine.device_order import InDeviceOrder
 from tokenmesh.engine.settings import ConnectorSettings
-from tokenmesh.kv.geometry import BlockGeometry, LayerSpan
+from tokenmesh.kv.geometry import HND, BlockGeometry, LayerSpan
 from tokenmesh.kv.messages import ToMover, encode
 from tokenmesh.kv.mover import MoverArgs
+from tokenmesh.kv.shares import DeviceShare, HostShare, KvShare
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -42,10 +44,7 @@ class SharedKv:
             raise UnsupportedKvCacheError("the layers' KV caches differ in shape or dtype")
         if not tensors[0][0].is_contiguous():
             raise UnsupportedKvCacheError("a block's bytes are not contiguous")
-        # In place: every view that vLLM holds follows the storage.
-        storage.share_memory_()
-        fd, nbytes = storage._share_fd_cpu_()
-
+        memory = share(storage)
         element = tensors[0].element_size()
         self.geometry = geometry
         spans = [LayerSpan(t.storage_offset() * element, t.stride(0) * element) for t in tensors]
@@ -53,8 +52,7 @@ class SharedKv:
         inbox = f"ipc://{self._folder}/inbox"
         args = MoverArgs(
             shard=shard,
-            fd=fd,
-            nbytes=nbytes,
+            memory=memory,
             geometry=self.geometry,
             spans=spans,
             hub=settings.hub,
@@ -66,12 +64,14 @@ class SharedKv:
             window=settings.window,
             cpus=settings.cpus,
         )
-        os.set_inheritable(fd, True)
+        inherited = [memory.fd] if isinstance(memory, HostShare) else []
+        for fd in inherited:
+            os.set_inheritable(fd, True)
         # Its standard input is our lifeline: when this process ends, however it ends, the pipe closes.
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tokenmesh.kv.mover", msgspec.json.encode(args).decode()],
             stdin=subprocess.PIPE,
-            pass_fds=(fd,),
+            pass_fds=inherited,
             env=_mover_environment(),
         )
         self._context = zmq.Context()
@@ -79,13 +79,25 @@ class SharedKv:
         self._commands.setsockopt(zmq.LINGER, 0)
         self._commands.setsockopt(zmq.SNDHWM, 0)
         self._commands.connect(inbox)
+        self._device = isinstance(memory, DeviceShare)
+        self._order: InDeviceOrder | None = None
 
     def command(self, message: ToMover) -> None:
-        """Tells the mover; never blocks."""
+        """Tells the mover, on a GPU as soon as what was launched before is done; never blocks."""
+        if not self._device:
+            self._tell(message)
+            return
+        if self._order is None:
+            self._order = InDeviceOrder(self._tell)
+        self._order.send(message)
+
+    def _tell(self, message: ToMover) -> None:
         self._commands.send(encode(message), zmq.NOBLOCK)
 
     def close(self) -> None:
         """Ends the mover."""
+        if self._order is not None:
+            self._order.close()
         self._context.destroy(linger=0)
         if self._process.stdin is not None:
             self._process.stdin.close()
@@ -94,6 +106,19 @@ class SharedKv:
         except subprocess.TimeoutExpired:
             self._process.kill()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def share(storage: torch.UntypedStorage) -> KvShare:
+    """Makes a storage reachable for a child process, in place: every view that vLLM holds follows it.
+
+    Raises DeviceIpcError.
+    """
+    if storage.device.type == "cuda":
+        from tokenmesh.kv.device import ipc
+
+        return ipc.share(storage)
+    storage.share_memory_()
+    return HostShare(*storage._share_fd_cpu_())
 
 
 def geometry_of(kv_caches: dict[str, torch.Tensor], vllm_config: VllmConfig) -> BlockGeometry:
@@ -112,11 +137,14 @@ def geometry_of(kv_caches: dict[str, torch.Tensor], vllm_config: VllmConfig) -> 
 
 
 def packing(vllm_config: VllmConfig) -> str:
-    """How keys lie inside a block: CPU kernels of different instruction sets pack them differently."""
+    """How keys lie inside a block: CPU kernels of different instruction sets pack them differently.
+
+    On GPUs the connector asks vLLM for [heads, tokens, keys and values], which keeps heads apart.
+    """
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
-        return "row_major"
+        return HND
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
     model, cache = vllm_config.model_config, vllm_config.cache_config

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 
+import numpy as np
+import numpy.typing as npt
 import xxhash
 
-from tokenmesh.kv.memory import Buffer
+Buffer = npt.NDArray[np.uint8]
 
 SLICE_BYTES = 512 << 10
 """Between two slices the event loop has a turn. Longer, and UCX's queue of a shared-memory pair (2 MiB) runs dry at the

@@ -6,13 +6,16 @@ import msgspec
 
 from tokenmesh.v1 import kv_pb2
 
+HND = "hnd"
+"""Packing on GPUs: [kv heads, tokens, keys and values], row by row."""
+
 
 class GeometryMismatchError(Exception):
     """Two caches cannot exchange blocks; the message names the first difference."""
 
 
 class BlockGeometry(msgspec.Struct, frozen=True):
-    """Shape of one shard's KV blocks; on CPUs [kv heads, keys and values of all tokens].
+    """Shape of one shard's KV blocks: [kv heads, all keys, then all values] on CPUs, as `HND` says on GPUs.
 
     Sizes in elements or tokens unless the name says bytes.
     """
@@ -30,7 +33,7 @@ class BlockGeometry(msgspec.Struct, frozen=True):
     @property
     def by_head(self) -> bool:
         """Whether a head's part of a block is contiguous, so that heads can be moved one by one."""
-        return self.packing.startswith("cpu_attn/")
+        return self.packing.startswith("cpu_attn/") or self.packing == HND
 
     @property
     def head_bytes(self) -> int:
@@ -49,7 +52,7 @@ class BlockGeometry(msgspec.Struct, frozen=True):
             mine, theirs = getattr(self, field), getattr(owner, field)
             if mine != theirs:
                 hint = ""
-                if field == "block_size" and self.by_head:
+                if field == "block_size" and self.packing != HND and self.by_head:
                     hint = "; keys lie transposed inside a block, so blocks can be neither cut nor joined"
                 raise GeometryMismatchError(
                     f"KV geometry differs in {field}: {mine!r} here, {theirs!r} at the owner{hint}"

@@ -6,15 +6,19 @@ import mmap
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from tokenmesh.kv import checksum as host
 from tokenmesh.kv.geometry import BlockGeometry, LayerSpan
+from tokenmesh.kv.shares import HostShare
 
 Buffer = npt.NDArray[np.uint8]
 BlockIds = npt.NDArray[np.int64]
+Payload: TypeAlias = Any
+"""Flat bytes, [n]: of numpy in host memory, of torch on a device. Both know len(), slices, and UCX both."""
 
 
 @dataclass(frozen=True)
@@ -25,67 +29,144 @@ class Heads:
     count: int
 
 
-class KvMemory:
-    """KV storage of an engine worker, mapped from the file descriptor that backs it.
+class Cells:
+    """What KV memory is made of: one head of one block each, or the whole block where the packing mixes heads."""
 
-    The engine writes it and the mover reads it (prefill), or the other way round (decode); who may touch which block
-    is decided by tickets and the scheduler, never here. It is made of cells, one head of one block each (or the whole
-    block, where the packing mixes heads); numpy moves any number of them in one call.
-    """
-
-    def __init__(self, data: Buffer, geometry: BlockGeometry, spans: Sequence[LayerSpan]) -> None:
-        """`data`: flat bytes of the whole storage, shape [nbytes]; one span per layer, in model order."""
-        assert data.ndim == 1
+    def __init__(self, geometry: BlockGeometry, spans: Sequence[LayerSpan]) -> None:
+        """One span per layer, in model order."""
         assert len(spans) == geometry.layers
-        self.geometry = geometry
-        self.all_heads = Heads(0, geometry.kv_heads)
-        self._cells_per_block = geometry.kv_heads if geometry.by_head else 1
-        self._cell_bytes = geometry.block_bytes // self._cells_per_block
-        self._cell: Any = np.dtype((np.void, self._cell_bytes))
-        assert all(span.stride % self._cell_bytes == 0 for span in spans)
-        self._strides = [span.stride // self._cell_bytes for span in spans]
-        self._layers: list[npt.NDArray[np.void]] = []
-        for span in spans:
-            count = (data.size - span.offset) // self._cell_bytes
-            self._layers.append(data[span.offset : span.offset + count * self._cell_bytes].view(self._cell))
+        self._per_block = geometry.kv_heads if geometry.by_head else 1
+        self.nbytes = geometry.block_bytes // self._per_block
+        """Of a cell."""
+        assert all(span.stride % self.nbytes == 0 for span in spans)
+        self.strides = [span.stride // self.nbytes for span in spans]
+        """Per layer, cells from one block to the next."""
 
-    @classmethod
-    def map(cls, fd: int, nbytes: int, geometry: BlockGeometry, spans: Sequence[LayerSpan]) -> KvMemory:
-        """Maps `nbytes` of an inherited file descriptor, shared with the engine worker, and closes it."""
-        mapped = mmap.mmap(fd, nbytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
-        os.close(fd)
-        return cls(np.frombuffer(mapped, dtype=np.uint8), geometry, spans)
-
-    def nbytes(self, blocks: int, heads: Heads) -> int:
-        """Bytes of so many blocks' heads."""
-        return blocks * heads.count * self.geometry.head_bytes
-
-    def _ids(self, layer: int, blocks: BlockIds, heads: Heads) -> BlockIds:
-        first = blocks * self._strides[layer]
-        if self._cells_per_block == 1:
+    def of(self, stride: int, blocks: BlockIds, heads: Heads) -> BlockIds:
+        """Numbers of the cells of these blocks' heads in a layer of this stride, [blocks x heads]."""
+        first = blocks * stride
+        if self._per_block == 1:
             return first
         return (first[:, None] + np.arange(heads.first, heads.first + heads.count)).reshape(-1)
 
-    def view(self, layer: int, blocks: BlockIds, heads: Heads) -> Buffer | None:
-        """The bytes of these heads in place, if they lie next to each other in this order; else None."""
-        ids = self._ids(layer, blocks, heads)
+    def stop(self, stride: int, blocks: BlockIds, heads: Heads) -> int:
+        """One past the last of them; 0 if a block's number is negative."""
+        if int(blocks.min()) < 0:
+            return 0
+        return int(blocks.max()) * stride + (1 if self._per_block == 1 else heads.first + heads.count)
+
+    def run(self, layer: int, blocks: BlockIds, heads: Heads) -> slice | None:
+        """The cells of these blocks' heads, if they lie next to each other in this order; else None."""
+        ids = self.of(self.strides[layer], blocks, heads)
         if ids[-1] - ids[0] != len(ids) - 1 or not (np.diff(ids) == 1).all():
             return None
-        return self._layers[layer][ids[0] : ids[-1] + 1].view(np.uint8)
+        return slice(int(ids[0]), int(ids[-1]) + 1)
 
-    def gather(self, layer: int, blocks: BlockIds, heads: Heads, out: Buffer) -> Buffer:
+
+class BlockMemory(Protocol):
+    """KV memory, wherever it lies."""
+
+    geometry: BlockGeometry
+    all_heads: Heads
+    sends_in_place: ClassVar[bool]
+    """Whether payloads may leave from where the blocks are."""
+    direct: ClassVar[frozenset[str]]
+    """Transports, besides those of host memory, with which a payload may be received into blocks: nothing writes them
+    after the endpoint is closed and `quiesce` has returned."""
+
+    def nbytes(self, blocks: int, heads: Heads) -> int:
+        """Bytes of so many blocks' heads."""
+
+    def buffers(self, count: int, nbytes: int) -> list[Payload]:
+        """Staging memory beside the blocks, `count` times [nbytes]."""
+
+    def view(self, layer: int, blocks: BlockIds, heads: Heads) -> Payload | None:
+        """The bytes of these heads in place, if they lie next to each other in this order; else None."""
+
+    def gather(self, layer: int, blocks: BlockIds, heads: Heads, out: Payload) -> Payload:
         """Copies heads of blocks into `out` back to back, [blocks, heads, ...]; returns the part filled.
 
         Raises IndexError.
         """
-        ids = self._ids(layer, blocks, heads)
-        if ids.min() < 0 or ids.max() >= len(self._layers[layer]):
+
+    def scatter(self, layer: int, blocks: BlockIds, heads: Heads, data: Payload) -> None:
+        """Copies back-to-back heads of blocks from `data` into their places. Raises IndexError."""
+
+    async def checksum(self, payload: Payload, seed: int) -> int:
+        """64 bits over a payload, once what it is made of has been copied; the same at both ends of a link."""
+
+    async def landed(self) -> None:
+        """Returns when what was scattered is in its place."""
+
+    def quiesce(self) -> None:
+        """Returns when nothing of a payload writes into blocks any more whose endpoint is closed."""
+
+
+class KvMemory:
+    """KV storage of an engine worker in host memory, mapped from the file descriptor that backs it; a `BlockMemory`.
+
+    The engine writes it and the mover reads it (prefill), or the other way round (decode); who may touch which block
+    is decided by tickets and the scheduler, never here. numpy moves any number of cells in one call.
+    """
+
+    sends_in_place: ClassVar[bool] = True
+    direct: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self, data: Buffer, geometry: BlockGeometry, spans: Sequence[LayerSpan]) -> None:
+        """`data`: flat bytes of the whole storage, shape [nbytes]; one span per layer, in model order."""
+        assert data.ndim == 1
+        self.geometry = geometry
+        self.all_heads = Heads(0, geometry.kv_heads)
+        self._cells = Cells(geometry, spans)
+        size = self._cells.nbytes
+        self._cell: Any = np.dtype((np.void, size))
+        self._layers: list[npt.NDArray[np.void]] = []
+        for span in spans:
+            count = (data.size - span.offset) // size
+            self._layers.append(data[span.offset : span.offset + count * size].view(self._cell))
+
+    @classmethod
+    def map(cls, given: HostShare, geometry: BlockGeometry, spans: Sequence[LayerSpan]) -> KvMemory:
+        """Maps what an engine worker shares, and closes its file descriptor."""
+        mapped = mmap.mmap(given.fd, given.nbytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        os.close(given.fd)
+        return cls(np.frombuffer(mapped, dtype=np.uint8), geometry, spans)
+
+    def nbytes(self, blocks: int, heads: Heads) -> int:
+        """See `BlockMemory`."""
+        return blocks * heads.count * self.geometry.head_bytes
+
+    def buffers(self, count: int, nbytes: int) -> list[Buffer]:
+        """See `BlockMemory`."""
+        return [np.zeros(nbytes, dtype=np.uint8) for _ in range(count)]
+
+    def view(self, layer: int, blocks: BlockIds, heads: Heads) -> Buffer | None:
+        """See `BlockMemory`."""
+        run = self._cells.run(layer, blocks, heads)
+        return None if run is None else self._layers[layer][run].view(np.uint8)
+
+    def gather(self, layer: int, blocks: BlockIds, heads: Heads, out: Buffer) -> Buffer:
+        """See `BlockMemory`."""
+        stride = self._cells.strides[layer]
+        if not 0 < self._cells.stop(stride, blocks, heads) <= len(self._layers[layer]):
             raise IndexError(f"no such block in layer {layer}")
-        part = out[: len(ids) * self._cell_bytes]
+        ids = self._cells.of(stride, blocks, heads)
+        part = out[: len(ids) * self._cells.nbytes]
         # Checked above: in its checking mode, numpy copies twice.
         np.take(self._layers[layer], ids, out=part.view(self._cell), mode="clip")
         return part
 
     def scatter(self, layer: int, blocks: BlockIds, heads: Heads, data: Buffer) -> None:
-        """Copies back-to-back heads of blocks from `data` into their places. Raises IndexError."""
-        self._layers[layer][self._ids(layer, blocks, heads)] = data.view(self._cell)
+        """See `BlockMemory`."""
+        ids = self._cells.of(self._cells.strides[layer], blocks, heads)
+        self._layers[layer][ids] = data.view(self._cell)
+
+    async def checksum(self, payload: Buffer, seed: int) -> int:
+        """See `BlockMemory`."""
+        return await host.checksum(payload, seed)
+
+    async def landed(self) -> None:
+        """See `BlockMemory`. It was copied at once."""
+
+    def quiesce(self) -> None:
+        """See `BlockMemory`. UCX has let go of a buffer once its endpoint is closed."""

@@ -1,10 +1,10 @@
 """The mover: a small process beside each engine worker that moves KV blocks over UCX.
 
 It is a process of its own because UCX progress and the engine would otherwise fight for one interpreter lock: a busy
-Python thread beside a UCX loop costs it most of its bandwidth. KV memory is shared, so nothing is copied to get here.
+Python thread beside a UCX loop costs it most of its bandwidth. KV memory is shared, a GPU's too, so nothing is copied
+to get here.
 
-Started by the engine worker with the storage's file descriptor inherited; ends when its standard input closes, so it
-cannot outlive the worker.
+Started by the engine worker; ends when its standard input closes, so it cannot outlive the worker.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import zmq.asyncio
 
 from tokenmesh.kv import transports
 from tokenmesh.kv.geometry import BlockGeometry, LayerSpan
-from tokenmesh.kv.memory import KvMemory
+from tokenmesh.kv.memory import BlockMemory, KvMemory
 from tokenmesh.kv.messages import (
     CancelSend,
     Commit,
@@ -37,6 +37,7 @@ from tokenmesh.kv.messages import (
     encode,
     to_mover,
 )
+from tokenmesh.kv.shares import DeviceShare, HostShare, KvShare
 from tokenmesh.logs import setup_inherited_logging
 
 if TYPE_CHECKING:
@@ -51,8 +52,7 @@ class MoverArgs(msgspec.Struct, frozen=True):
     """What an engine worker tells its mover; passed as JSON on the command line."""
 
     shard: int
-    fd: int
-    nbytes: int
+    memory: KvShare
     geometry: BlockGeometry
     spans: list[LayerSpan]
     hub: str
@@ -70,7 +70,7 @@ class MoverArgs(msgspec.Struct, frozen=True):
 
 async def _run(args: MoverArgs) -> None:
     # UCX reads its environment on import.
-    settings = transports.environment(args.transport)
+    settings = transports.environment(args.transport, device=isinstance(args.memory, DeviceShare))
     os.environ.update({k: v for k, v in settings.items() if k not in os.environ})
     from tokenmesh.kv.receiver import Receiver
     from tokenmesh.kv.relay import Relays
@@ -78,7 +78,7 @@ async def _run(args: MoverArgs) -> None:
     from tokenmesh.kv.ucx import UcxWorker
 
     worker = UcxWorker()
-    memory = KvMemory.map(args.fd, args.nbytes, args.geometry, args.spans)
+    memory = _map(args)
     context = zmq.asyncio.Context()
     hub = context.socket(zmq.DEALER)
     hub.setsockopt(zmq.IDENTITY, f"mover-{args.shard}".encode())
@@ -119,6 +119,15 @@ async def _run(args: MoverArgs) -> None:
     await sender.close()
     worker.close()
     context.destroy(linger=0)
+
+
+def _map(args: MoverArgs) -> BlockMemory:
+    if isinstance(args.memory, HostShare):
+        return KvMemory.map(args.memory, args.geometry, args.spans)
+    # Here alone, since torch takes seconds and memory.
+    from tokenmesh.kv.device.memory import DeviceKvMemory
+
+    return DeviceKvMemory.map(args.memory, args.geometry, args.spans)
 
 
 _background: set[asyncio.Task[None]] = set()

@@ -24,9 +24,8 @@ import numpy.typing as npt
 import structlog
 
 from tokenmesh.kv import wire
-from tokenmesh.kv.checksum import checksum
 from tokenmesh.kv.codecs import NAMES, CodecError, make_codec
-from tokenmesh.kv.memory import Buffer, Heads, KvMemory
+from tokenmesh.kv.memory import BlockMemory, Heads, Payload
 from tokenmesh.kv.messages import Expect, Settled, Synced
 from tokenmesh.kv.relay import Relays
 from tokenmesh.kv.ticket import Ticket
@@ -81,7 +80,7 @@ class Receiver:
     def __init__(
         self,
         shard: int,
-        memory: KvMemory,
+        memory: BlockMemory,
         chunk_bytes: int,
         window: int,
         report: Callable[[Settled | Synced], None],
@@ -100,9 +99,9 @@ class Receiver:
         self._settling: set[asyncio.Task[None]] = set()
         # What a message may have, and staging memory be used for, without a ticket.
         self._limit = max(chunk_bytes, memory.geometry.block_bytes, 4 << 20)
-        self._staging: asyncio.Queue[Buffer] = asyncio.Queue()
-        for _ in range(window):
-            self._staging.put_nowait(np.zeros(self._limit, dtype=np.uint8))
+        self._staging: asyncio.Queue[Payload] = asyncio.Queue()
+        for buffer in memory.buffers(window, self._limit):
+            self._staging.put_nowait(buffer)
 
     @property
     def open(self) -> int:
@@ -209,7 +208,7 @@ class Receiver:
             staging = await self._staging.get()
             if len(staging) < header.length:
                 # Its sender is configured to send larger messages than we are.
-                staging = np.zeros(header.length, dtype=np.uint8)
+                (staging,) = self._memory.buffers(1, header.length)
             received = inlet.endpoint.recv(staging[: header.length], PAYLOAD_CHANNEL, bulk=True)
             inlet.start(inlet.applied, self._receive(received, header, staging, inlet))
         elif header.kind is Kind.COMMIT:
@@ -234,7 +233,7 @@ class Receiver:
         with contextlib.suppress(UcxError):
             await self._answer(header, whole, endpoint)
 
-    async def _receive(self, received: asyncio.Future[None], header: Header, staging: Buffer, inlet: _Inlet) -> None:
+    async def _receive(self, received: asyncio.Future[None], header: Header, staging: Payload, inlet: _Inlet) -> None:
         ticket = self._tickets.get(header.transfer_id)
         try:
             with ticket.wire.message() if ticket is not None else contextlib.nullcontext():
@@ -248,8 +247,11 @@ class Receiver:
                 await self._relays.forward(header, staging[: header.length])
             else:
                 payload = staging[: header.length]
-                raw = await self._decode(header, payload) if header.codec else payload
-                reason = self._apply(header, payload, inlet.endpoint.transport, raw)
+                known = header.transfer_id in self._tickets
+                intact = known and await self._memory.checksum(payload, header.seed) == header.checksum
+                raw = await self._decode(header, payload) if header.codec and intact else payload
+                reason = self._apply(header, raw, intact, inlet.endpoint.transport)
+                await self._written(header, inlet)
                 self._judge(header, reason, inlet)
         except TooLongError:
             self._drop(self._tickets.get(header.transfer_id), "too_long")
@@ -259,14 +261,24 @@ class Receiver:
         finally:
             self._staging.put_nowait(staging)
 
-    def _claim(self, header: Header, ticket: Ticket, transport: str) -> Buffer | None:
+    async def _written(self, header: Header, inlet: _Inlet) -> None:
+        """Holds the ticket open until what was copied is in its place."""
+        ticket, task = self._tickets.get(header.transfer_id), asyncio.current_task()
+        if ticket is not None and task is not None:
+            ticket.writes[task] = inlet.endpoint
+            try:
+                await self._memory.landed()
+            finally:
+                del ticket.writes[task]
+
+    def _claim(self, header: Header, ticket: Ticket, transport: str) -> Payload | None:
         """The blocks that a payload may be received into, for it alone from now on; None if it must be staged."""
         if (
             ticket.error
             or header.codec != 0
             or header.length < DIRECT_BYTES
             or header.transfer_id in self._relays
-            or not DIRECT.issuperset(transport.split(","))
+            or not (DIRECT | self._memory.direct).issuperset(transport.split(","))
             or not self._fits(header, ticket)
         ):
             return None
@@ -280,7 +292,7 @@ class Receiver:
         return place
 
     async def _receive_in_place(
-        self, received: asyncio.Future[None], header: Header, place: Buffer, ticket: Ticket, inlet: _Inlet
+        self, received: asyncio.Future[None], header: Header, place: Payload, ticket: Ticket, inlet: _Inlet
     ) -> None:
         # Whatever goes wrong here, the blocks stay missing, and claimed.
         try:
@@ -290,15 +302,15 @@ class Receiver:
                 self._drop(ticket, "stalled")
                 inlet.endpoint.close()
             await received
-        except TooLongError:
-            self._drop(ticket, "too_long")
-            inlet.endpoint.close()
-            return
         except UcxError as error:
+            if isinstance(error, TooLongError):
+                self._drop(ticket, "too_long")
             log.debug("kv payload lost with its sender", error=str(error))
+            inlet.endpoint.close()
+            self._memory.quiesce()
             return
         reason = ""
-        if await checksum(place, header.seed) == header.checksum:
+        if await self._memory.checksum(place, header.seed) == header.checksum:
             self._part(ticket.missing, header)[:] = False
             ticket.bytes += header.length
         else:
@@ -340,10 +352,10 @@ class Receiver:
             and (header.codec != 0 or header.length == self._memory.nbytes(header.blocks, heads))
         )
 
-    async def _decode(self, header: Header, payload: Buffer) -> Buffer | None:
+    async def _decode(self, header: Header, payload: Payload) -> Payload | None:
         """A payload as it will lie in the cache; None if it cannot be one. In a thread, since it takes its time."""
         ticket = self._tickets.get(header.transfer_id)
-        if ticket is None or not self._fits(header, ticket) or not header.intact(payload):
+        if ticket is None or not self._fits(header, ticket):
             return None
         codec = make_codec(NAMES[header.codec], self._memory.geometry)
         assert codec is not None
@@ -360,16 +372,16 @@ class Receiver:
             ticket.bad += 1
         return reason
 
-    def _apply(self, header: Header, payload: Buffer, transport: str, raw: Buffer | None) -> str:
+    def _apply(self, header: Header, raw: Payload | None, intact: bool, transport: str) -> str:
         """Copies a decoded payload into its blocks, or drops and counts it; returns the reason, empty if it was copied.
 
-        Never awaits: see the module's docstring.
+        `intact`: it had the right checksum. Never awaits: see the module's docstring.
         """
         ticket = self._tickets.get(header.transfer_id)
         if ticket is None:
             return self._drop(None, "probe" if header.transfer_id == PROBE_ID else "stray")
         ticket.transport = transport
-        if not header.intact(payload):
+        if not intact:
             ticket.error = f"message {header.sequence} is corrupt"
             return self._drop(ticket, "corrupt")
         if not self._fits(header, ticket):

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 
 import structlog
 
-from tokenmesh.kv.memory import Buffer
+from tokenmesh.kv.memory import Payload
 from tokenmesh.kv.messages import Relay
 from tokenmesh.kv.sender import Peer, SendError
 from tokenmesh.kv.wire import Header
@@ -47,7 +47,7 @@ class Relays:
             raise SendError("the relay is closed")
         return await self._connect(*address)
 
-    async def forward(self, header: Header, payload: Buffer) -> None:
+    async def forward(self, header: Header, payload: Payload) -> None:
         """Sends a message on; returns once UCX no longer reads the payload. One that is lost fails its transfer."""
         try:
             await (await self._peer(header.transfer_id)).send(header, payload)

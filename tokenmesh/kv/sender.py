@@ -12,9 +12,8 @@ import numpy as np
 import structlog
 
 from tokenmesh.kv import wire
-from tokenmesh.kv.checksum import checksum
 from tokenmesh.kv.codecs import NAMES, NONE, Codec, make_codec
-from tokenmesh.kv.memory import BlockIds, Buffer, Heads, KvMemory
+from tokenmesh.kv.memory import BlockIds, BlockMemory, Heads, Payload
 from tokenmesh.kv.messages import Commit, Connected, Destination, Push, SendDone
 from tokenmesh.kv.stopwatch import Stopwatch
 from tokenmesh.kv.ucx import UcxEndpoint, UcxError, UcxWorker
@@ -44,7 +43,7 @@ class Peer:
         self.goodput = 0.0
         """Measured at connection, bytes per second."""
 
-    async def send(self, header: Header, payload: Buffer | None = None) -> None:
+    async def send(self, header: Header, payload: Payload | None = None) -> None:
         """Sends one message; returns, or raises SendError, once UCX no longer reads the payload.
 
         Header and payload are submitted back to back, so that messages of several transfers never mix.
@@ -127,7 +126,7 @@ class Sender:
     def __init__(
         self,
         worker: UcxWorker,
-        memory: KvMemory,
+        memory: BlockMemory,
         chunk_bytes: int,
         window: int,
         report: Callable[[SendDone | Connected], None],
@@ -142,9 +141,9 @@ class Sender:
         self._peers: dict[tuple[str, int], asyncio.Task[Peer]] = {}
         self._transfers: dict[bytes, _Transfer] = {}
         # Gathered messages borrow one of these; there is never a reason to hold more than the window.
-        self._staging: asyncio.Queue[Buffer] = asyncio.Queue()
-        for _ in range(window):
-            self._staging.put_nowait(np.zeros(self._chunk_bytes, dtype=np.uint8))
+        self._staging: asyncio.Queue[Payload] = asyncio.Queue()
+        for buffer in memory.buffers(window, self._chunk_bytes):
+            self._staging.put_nowait(buffer)
 
     @property
     def open(self) -> int:
@@ -168,11 +167,32 @@ class Sender:
         except UcxError as error:
             raise SendError(f"cannot reach the KV owner at {host}:{port}: {error}") from error
         peer = Peer(endpoint, self._window)
-        peer.goodput = await _probe(peer)
+        peer.goodput = await self._probe(peer)
         log.info(
             "kv peer connected", peer=f"{host}:{port}", transport=peer.transport, gb_per_s=round(peer.goodput / 1e9, 2)
         )
         return peer
+
+    async def _probe(self, peer: Peer) -> float:
+        """Measures a new pair with some throw-away messages; returns bytes per second.
+
+        It also pays for UCX's lazy wire-up, which the first request would pay otherwise; on a GPU for opening the
+        staging memory that requests will leave from, too.
+        """
+        staging = await self._staging.get()
+        try:
+            fits = len(staging) >= PROBE_BYTES
+            (payload,) = [staging[:PROBE_BYTES]] if fits else self._memory.buffers(1, PROBE_BYTES)
+            best = 0.0
+            for sequence in range(3):
+                header = Header(Kind.DATA, PROBE_ID, sequence=sequence, length=PROBE_BYTES)
+                header = replace(header, checksum=await self._memory.checksum(payload, header.seed))
+                start = time.perf_counter()
+                await peer.send(header, payload)
+                best = max(best, PROBE_BYTES / (time.perf_counter() - start))
+            return best
+        finally:
+            self._staging.put_nowait(staging)
 
     async def connect(self, host: str, port: int) -> None:
         """Connects ahead of the first transfer and reports how that went."""
@@ -286,13 +306,13 @@ class Sender:
 
     async def _prepare(
         self, header: Header, blocks: BlockIds, heads: Heads, codec_name: str
-    ) -> tuple[Header, Buffer, Buffer | None]:
+    ) -> tuple[Header, Payload, Payload | None]:
         """A message's header, sealed, its payload, and the staging memory that it borrows; none if this fails."""
         codec = make_codec(codec_name, self._memory.geometry)
-        staging: Buffer | None = None
+        staging: Payload | None = None
         number = 0
         try:
-            payload = self._memory.view(header.layer, blocks, heads)
+            payload = self._memory.view(header.layer, blocks, heads) if self._memory.sends_in_place else None
             if payload is None or codec is not None:
                 # With a codec, this bounds the encoded payloads under way.
                 staging = await self._staging.get()
@@ -304,14 +324,14 @@ class Sender:
                 if encoded is not None:
                     payload, number = encoded, NAMES.index(codec_name)
             header = replace(header, length=len(payload), codec=number)
-            return replace(header, checksum=await checksum(payload, header.seed)), payload, staging
+            return replace(header, checksum=await self._memory.checksum(payload, header.seed)), payload, staging
         except BaseException:
             if staging is not None:
                 self._staging.put_nowait(staging)
             raise
 
     async def _send(
-        self, peer: Peer, header: Header, payload: Buffer, staging: Buffer | None, transfer: _Transfer
+        self, peer: Peer, header: Header, payload: Payload, staging: Payload | None, transfer: _Transfer
     ) -> None:
         try:
             if not transfer.cancelled:
@@ -332,7 +352,7 @@ class Sender:
                 await (await peer_task).close()
 
 
-async def _encode(codec: Codec, raw: Buffer) -> Buffer | None:
+async def _encode(codec: Codec, raw: Payload) -> Payload | None:
     """In a thread, since it takes its time."""
     work = asyncio.ensure_future(asyncio.to_thread(codec.encode, raw))
     try:
@@ -361,18 +381,3 @@ async def _let_go(sends: set[asyncio.Task[None]], ways: list[_Way]) -> None:
         for way in ways:
             await way.peer.close()
         await asyncio.wait(stuck)
-
-
-async def _probe(peer: Peer) -> float:
-    """Measures a new pair with one throw-away message; returns bytes per second.
-
-    It also pays for UCX's lazy wire-up, which the first request would pay otherwise.
-    """
-    payload = np.zeros(PROBE_BYTES, dtype=np.uint8)
-    best = 0.0
-    for sequence in range(3):
-        header = Header(Kind.DATA, PROBE_ID, sequence=sequence, length=PROBE_BYTES).sealed(payload)
-        start = time.perf_counter()
-        await peer.send(header, payload)
-        best = max(best, PROBE_BYTES / (time.perf_counter() - start))
-    return best

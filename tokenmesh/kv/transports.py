@@ -7,17 +7,23 @@ from collections.abc import Mapping
 
 _SHM = {"UCX_MM_ERROR_HANDLING": "y"}
 _TCP = {"UCX_TLS": "tcp", "UCX_RNDV_SCHEME": "put_zcopy"}
+_GET = {"UCX_RNDV_SCHEME": "get_zcopy"}
 
 
-def environment(transport: str) -> Mapping[str, str]:
+def environment(transport: str, device: bool = False) -> Mapping[str, str]:
     """UCX_* variables for a transport of KvTransferConfig, to be set before ucxx is imported.
 
     Endpoint error handling stays on everywhere, so that a killed peer is seen at once. By default it drops UCX's
     shared-memory lanes; MM_ERROR_HANDLING keeps them (8-9 GB/s instead of about 1 on loopback). TCP needs put_zcopy:
     otherwise rendezvous falls back to fragmented copies. The two must not be mixed: put_zcopy slows shared memory.
+
+    `device`: for KV on a GPU. There the receiver must fetch (get_zcopy): it alone may then write into its blocks, and
+    blocks that are mapped from an engine worker can be written by nobody else.
     """
     shm = {**_SHM, "UCX_TLS": "sysv,posix,cma,self,tcp"}
     chosen = {"auto": _SHM, "shm": shm, "tcp": _TCP, "system": {}}[transport]
+    if device:
+        chosen = {"auto": {**_SHM, **_GET}, "tcp": {"UCX_TLS": "tcp,cuda_copy"}, "system": {}}[transport]
     # A restarted service must get its listener's port back at once.
     return {"UCX_TCP_CM_REUSEADDR": "y", "UCX_WARN_UNUSED_ENV_VARS": "n", **chosen}
 

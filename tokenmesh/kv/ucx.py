@@ -23,7 +23,7 @@ from ucxx._lib import libucxx as core
 from ucxx._lib.arr import Array
 
 from tokenmesh.kv import transports
-from tokenmesh.kv.memory import Buffer
+from tokenmesh.kv.memory import Payload
 
 log = structlog.get_logger()
 
@@ -52,13 +52,13 @@ class UcxEndpoint:
         self.transport = transports.of_endpoint(endpoint.handle)
         """What carries bulk data, e.g. "sysv,posix"."""
 
-    def send(self, buffer: Buffer, channel: int, bulk: bool = False) -> asyncio.Future[None]:
+    def send(self, buffer: Payload, channel: int, bulk: bool = False) -> asyncio.Future[None]:
         """Submits a send now; the future is done when the buffer may be reused. Fails with UcxError."""
         if self._endpoint is None:
             return self._worker.refused("the endpoint is closed")
         return self._worker.submit(self._endpoint.tag_send, buffer, self._send_base | channel, bulk, receive=False)
 
-    def recv(self, buffer: Buffer, channel: int, bulk: bool = False) -> asyncio.Future[None]:
+    def recv(self, buffer: Payload, channel: int, bulk: bool = False) -> asyncio.Future[None]:
         """Submits a receive now; the future is done when the buffer is filled.
 
         Fails with UcxError, TooLongError if the message does not fit. A shorter one fills the buffer's beginning.
@@ -84,7 +84,7 @@ class UcxWorker:
         self._worker = core.UCXWorker(self._context)
         self._worker.init_blocking_progress_mode()
         self._loop = asyncio.get_running_loop()
-        self._open: dict[Any, tuple[asyncio.Future[None], Buffer, bool]] = {}
+        self._open: dict[Any, tuple[asyncio.Future[None], Payload, bool]] = {}
         self._bulk = 0
         self._last_progress = 0.0
         self._scheduled = False
@@ -140,7 +140,7 @@ class UcxWorker:
         return future
 
     def submit(
-        self, verb: Callable[..., Any], buffer: Buffer, tag: int, bulk: bool, receive: bool
+        self, verb: Callable[..., Any], buffer: Payload, tag: int, bulk: bool, receive: bool
     ) -> asyncio.Future[None]:
         """Starts a tagged request and keeps its buffer alive until it ends."""
         future: asyncio.Future[None] = self._loop.create_future()
@@ -153,7 +153,7 @@ class UcxWorker:
         self._track(request, future, buffer, bulk)
         return future
 
-    def _track(self, request: Any, future: asyncio.Future[None], buffer: Buffer, bulk: bool) -> None:
+    def _track(self, request: Any, future: asyncio.Future[None], buffer: Payload, bulk: bool) -> None:
         self._open[request] = (future, buffer, bulk)
         self._bulk += bulk
         if bulk:

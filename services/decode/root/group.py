@@ -175,6 +175,8 @@ class Group:
         blocks = self._blocks(rank.rank)
         group = self._config.group
         if rank.stub is None:
+            if self.engine.device_blocks and self.engine.movers:
+                rank.owner = RootOwner(self.engine, self.settling, rank.rank)
             # As many as the root has, less the one that vLLM sets aside.
             blocks = blocks or self.engine.llm.vllm_config.cache_config.num_gpu_blocks - 1
             return JoinRank(rank.rank, self._epochs, [], b"", group.transport, group.timeout_s, blocks)

@@ -32,12 +32,14 @@ class KvOwner(Protocol):
 
 
 class RootOwner:
-    """The root's own movers."""
+    """The root's own movers: for its blocks, and for those of a rank that shares its GPU."""
 
-    def __init__(self, engine: EngineHost, settling: Settling) -> None:
+    def __init__(self, engine: EngineHost, settling: Settling, rank: int = 0) -> None:
         self._engine = engine
         self._settling = settling
         self._spans = TicketSpans()
+        self._rank = rank
+        self._first = sum(engine.device_blocks[:rank])
 
     @property
     def shards(self) -> Sequence[kv_pb2.KvShard]:
@@ -46,8 +48,8 @@ class RootOwner:
 
     async def expect(self, transfer_id: bytes, blocks: list[int], codec: str) -> None:
         """See `KvOwner`."""
-        self._spans.open(transfer_id, len(blocks), rank=0)
-        order = Expect(transfer_id, blocks, codec)
+        self._spans.open(transfer_id, len(blocks), self._rank)
+        order = Expect(transfer_id, [self._first + block for block in blocks], codec)
         await _open(self._settling, self._engine, dict.fromkeys(range(self._engine.shards), order))
 
     async def settle(self, transfer_id: bytes) -> Outcome:

@@ -13,6 +13,7 @@ import structlog
 from services.decode.worker.shard import ShardArgs
 from tokenmesh.config import ConfigError, DecodeWorkerConfig, GroupConfig
 from tokenmesh.cpus import parse_cpus
+from tokenmesh.gpus import check_device_transfer
 from tokenmesh.kv.hub import LinkHub
 from tokenmesh.kv.messages import ShardUp, ToService
 
@@ -26,6 +27,10 @@ class ShardProcesses:
     """Starts, counts and ends them."""
 
     def __init__(self, config: DecodeWorkerConfig, group: GroupConfig, replica: int, hub: LinkHub) -> None:
+        """Raises ConfigError for ways of KV that lead to no GPU, if the group is one of GPUs."""
+        self._device = group.exchange == "nccl"
+        if self._device:
+            check_device_transfer(config.kv_transfer, "decode_worker")
         self._config = config
         self._group = group
         self._replica = replica
@@ -80,7 +85,7 @@ class ShardProcesses:
             kv_host=transfer.host,
             kv_port=transfer.port + self._replica * count if transfer.port else 0,
             kv_transport=transfer.transport,
-            chunk_bytes=transfer.chunk_bytes,
+            chunk_bytes=transfer.chunk(self._device),
             window=transfer.window,
         )
         # Its standard input is our lifeline: when this process ends, however it ends, the pipe closes.

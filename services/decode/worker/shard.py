@@ -217,6 +217,9 @@ class Partition:
             device = torch.device("cuda", args.shard)
             torch.cuda.set_device(device)
             self._kv = torch.zeros(size, dtype=shape.torch_dtype, device=device)
+            torch.cuda.synchronize(device)
+            if args.kv_transport != "none":
+                self._shared = _share(self._kv, order, args)
             self.protocol = DeviceRank(spec, self._kv)
         else:
             from tokenmesh.engine.cpu_kernel import CpuKernel

@@ -17,6 +17,7 @@ from vllm.v1.attention.backends.fa_utils import (
 from tokenmesh.engine.cpu_kernel import UnsupportedAttentionError
 from tokenmesh.engine.gpu.pair import ID_BYTES, NcclPair
 from tokenmesh.engine.gpu.peer import ANSWER_BYTES
+from tokenmesh.kv.geometry import HND
 from tokenmesh.parallel.device_step import STEP_BYTES, DeviceStep
 from tokenmesh.parallel.exchange import PeerLostError
 from tokenmesh.parallel.rank import RankSpec
@@ -77,7 +78,7 @@ class FlashKernel:
 
     def __init__(self, spec: RankSpec, kv: torch.Tensor) -> None:
         """Raises UnsupportedAttentionError."""
-        if spec.packing != "row_major":
+        if spec.packing != HND:
             raise UnsupportedAttentionError(f"blocks are packed as {spec.packing!r}, not for a GPU")
         shape, device = spec.shape, kv.device
         self._spec = spec

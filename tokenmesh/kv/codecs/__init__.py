@@ -7,7 +7,7 @@ type, except where both must have the same. The owner asks for a codec when it o
 from __future__ import annotations
 
 from tokenmesh.kv.codecs.base import EXACT, NAMES, NONE, Codec, CodecError
-from tokenmesh.kv.geometry import BlockGeometry, GeometryMismatchError
+from tokenmesh.kv.geometry import HND, BlockGeometry, GeometryMismatchError
 from tokenmesh.v1 import kv_pb2
 
 KNOWN: dict[int, str] = {0: NONE, **dict(enumerate(NAMES, start=1))}
@@ -34,6 +34,10 @@ def make_codec(name: str, geometry: BlockGeometry) -> Codec | None:
     Raises GeometryMismatchError if the codec cannot work on them.
     """
     # Movers that use none of them start without their libraries.
+    if geometry.packing == HND and name != NONE:
+        from tokenmesh.kv.device.codecs import device_codec
+
+        return device_codec(name, geometry)
     match name:
         case "none":
             return None

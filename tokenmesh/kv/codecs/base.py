@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from tokenmesh.kv.memory import Buffer
+from tokenmesh.kv.memory import Payload
 
 NONE = "none"
 NAMES = ("none", "lossless", "bf16", "fp16", "fp8")
@@ -20,8 +20,8 @@ class CodecError(Exception):
 class Codec(Protocol):
     """Encodes and decodes heads of blocks, back to back. Stateless: any thread may use it, for any message."""
 
-    def encode(self, raw: Buffer) -> Buffer | None:
+    def encode(self, raw: Payload) -> Payload | None:
         """What goes on the wire for these bytes; None: they had better go as they are. May be a view of `raw`."""
 
-    def decode(self, payload: Buffer, nbytes: int) -> Buffer:
+    def decode(self, payload: Payload, nbytes: int) -> Payload:
         """The `nbytes` bytes that were encoded, in this end's element type. Raises CodecError."""

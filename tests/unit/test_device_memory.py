@@ -1,0 +1,185 @@
+"""KV memory as movers of GPUs see it, on CPU tensors: the same bytes move, and whole transfers are as exact."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.unit.memory_wire import MemoryWorker, OwningEnd, SendingEnd
+from tokenmesh.kv.codecs import make_codec
+from tokenmesh.kv.device.digest import digest, reference
+from tokenmesh.kv.device.memory import DeviceKvMemory
+from tokenmesh.kv.geometry import HND, BlockGeometry, GeometryMismatchError, LayerSpan
+from tokenmesh.kv.memory import Heads, KvMemory
+from tokenmesh.kv.messages import Commit, Destination, Push
+from tokenmesh.kv.wire import Header, Kind
+
+LAYERS, BLOCKS, HEADS, TOKENS, HEAD = 3, 10, 4, 4, 8
+HEAD_BYTES = TOKENS * 2 * HEAD * 2
+SIZE = HEADS * HEAD_BYTES
+GEOMETRY = BlockGeometry(LAYERS, HEADS, HEAD, TOKENS, "bfloat16", SIZE, HND)
+TICKET = b"d" * 16
+
+pytestmark = pytest.mark.timeout(60)
+
+
+def spans(interleaved: bool) -> list[LayerSpan]:
+    """Layers one after the other, or side by side in every block."""
+    if interleaved:
+        return [LayerSpan(layer * SIZE, LAYERS * SIZE) for layer in range(LAYERS)]
+    return [LayerSpan(layer * BLOCKS * SIZE, SIZE) for layer in range(LAYERS)]
+
+
+def noise(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, LAYERS * BLOCKS * SIZE, dtype=np.uint8)
+
+
+places = st.tuples(
+    st.booleans(),
+    st.integers(0, LAYERS - 1),
+    st.lists(st.integers(0, BLOCKS - 1), min_size=1, max_size=BLOCKS, unique=True),
+    st.integers(0, HEADS - 1).flatmap(lambda first: st.tuples(st.just(first), st.integers(1, HEADS - first))),
+)
+
+
+@given(places)
+def test_a_device_finds_the_bytes_that_a_host_finds(place: tuple[bool, int, list[int], tuple[int, int]]) -> None:
+    interleaved, layer, ids, (first, count) = place
+    ours, theirs = noise(1), noise(1)
+    device = DeviceKvMemory(torch.from_numpy(ours), GEOMETRY, spans(interleaved))
+    host = KvMemory(theirs, GEOMETRY, spans(interleaved))
+    blocks, heads = np.array(ids), Heads(first, count)
+    # (1) Copied out, and in place.
+    out = np.zeros(len(ids) * count * HEAD_BYTES, dtype=np.uint8)
+    staged = device.gather(layer, blocks, heads, device.buffers(1, 2 * len(out))[0])
+    assert (staged.numpy() == host.gather(layer, blocks, heads, out)).all()
+    one, two = device.view(layer, blocks, heads), host.view(layer, blocks, heads)
+    assert (one is None) == (two is None)
+    if one is not None and two is not None:
+        assert (one.numpy() == two).all()
+        assert (
+            one.data_ptr() - torch.from_numpy(ours).data_ptr()
+            == two.__array_interface__["data"][0] - (theirs.__array_interface__["data"][0])
+        )
+    # (2) Copied in, and nothing else is touched.
+    device.scatter(layer, blocks, heads, torch.from_numpy(255 - out))
+    host.scatter(layer, blocks, heads, 255 - out)
+    assert (ours == theirs).all()
+
+
+@pytest.mark.parametrize("block", [-1, BLOCKS * LAYERS])
+def test_a_block_that_is_not_there_is_an_error(block: int) -> None:
+    memory = DeviceKvMemory(torch.from_numpy(noise(1)), GEOMETRY, spans(False))
+    for move in (memory.gather, memory.scatter):
+        with pytest.raises(IndexError):
+            move(0, np.array([block]), memory.all_heads, torch.zeros(SIZE, dtype=torch.uint8))
+
+
+def test_a_digest_sees_every_flip_and_every_exchange() -> None:
+    payload = torch.from_numpy(noise(2)[:4096].copy())
+    whole, rng = int(reference(payload)), random.Random(4)
+    # (1) Of one bit anywhere; of two words, wherever they are.
+    for _ in range(2000):
+        changed = payload.clone()
+        changed[rng.randrange(len(payload))] ^= 1 << rng.randrange(8)
+        assert int(reference(changed)) != whole
+        words = payload.clone().view(torch.int64)
+        a, b = rng.sample(range(len(words)), 2)
+        words[[a, b]] = words[[b, a]]
+        assert int(reference(words.view(torch.uint8))) != whole
+    # (2) Zeros count by their number, and digests add up.
+    zeros = [int(reference(torch.zeros(8 * n, dtype=torch.uint8))) for n in range(1, 50)]
+    assert len(set(zeros)) == len(zeros)
+    total = torch.zeros(1, dtype=torch.int64)
+    digest(payload, total)
+    assert int(total) == whole
+
+
+class DeviceCache:
+    """A shard's KV memory of tensors; `data` is [layers, blocks, bytes of a block]."""
+
+    def __init__(self, seed: int) -> None:
+        self.geometry = GEOMETRY
+        flat = noise(seed)
+        self.data = flat.reshape(LAYERS, BLOCKS, SIZE)
+        self.memory = DeviceKvMemory(torch.from_numpy(flat), GEOMETRY, spans(False))
+
+
+@pytest.mark.parametrize("target", [[4, 5, 6, 7], [8, 2, 9, 3]], ids=["adjacent", "scattered"])
+async def test_a_transfer_arrives_whole_and_touches_nothing_else(target: list[int]) -> None:
+    worker, source, owner = MemoryWorker(), DeviceCache(1), DeviceCache(2)
+    before, blocks = owner.data.copy(), [7, 1, 2, 5]
+    sending = SendingEnd(worker, source, 2 * SIZE)  # type: ignore[arg-type]
+    owning = OwningEnd(worker, owner, 2 * SIZE)  # type: ignore[arg-type]
+    # (1) A transfer of all layers, in messages of two blocks.
+    owning.expect(TICKET, target)
+    sending.sender.start(TICKET, [Destination(*owning.address)])
+    for layer in range(LAYERS):
+        sending.sender.add(Push(TICKET, layer, 0, blocks))
+    sending.sender.add(Commit(TICKET))
+    assert (await sending.done()).error == ""
+    settled = await owning.settle(TICKET)
+    assert settled.complete
+    assert settled.nbytes == LAYERS * len(blocks) * SIZE
+    # (2) Block by block, and nothing else.
+    before[:, target] = source.data[:, blocks]
+    assert (owner.data == before).all()
+    await sending.close()
+    worker.close()
+
+
+async def test_a_damaged_payload_fails_its_transfer() -> None:
+    owner = DeviceCache(2)
+    owning = OwningEnd(worker := MemoryWorker(), owner, 2 * SIZE)  # type: ignore[arg-type]
+    owning.expect(TICKET, [4, 5])
+    before = owner.data.copy()
+    endpoint = await worker.connect(*owning.address)
+    payload = torch.from_numpy(noise(3)[: 2 * SIZE].copy())
+    header = Header(Kind.DATA, TICKET, blocks=2, length=2 * SIZE)
+    checksum = await owner.memory.checksum(payload, header.seed)
+    payload[77] ^= 4
+    sealed = Header(Kind.DATA, TICKET, blocks=2, length=2 * SIZE, checksum=checksum)
+    endpoint.send(sealed.to_buffer(), 1)
+    await endpoint.send(payload, 2)  # type: ignore[arg-type]
+    await asyncio.sleep(0.05)
+    settled = await owning.settle(TICKET)
+    assert not settled.complete
+    assert "corrupt" in settled.error
+    assert (owner.data == before).all()
+    worker.close()
+
+
+def test_codecs_of_devices_round_as_those_of_hosts() -> None:
+    values = torch.randn(5 * SIZE // 2, generator=torch.Generator().manual_seed(1)) * 3
+    raw = values.to(torch.bfloat16).view(torch.uint8)
+    # (1) To 8 bits: within half a step of the largest of 16, of each head's keys and of its values.
+    codec = make_codec("fp8", GEOMETRY)
+    assert codec is not None
+    encoded = codec.encode(raw)
+    assert len(encoded) == len(raw) // 2 + 5 * HEADS * 8
+    back = codec.decode(encoded, len(raw)).view(torch.bfloat16).float().view(-1, TOKENS, 2, HEAD)
+    exact = raw.view(torch.bfloat16).float().view(-1, TOKENS, 2, HEAD)
+    assert ((back - exact).abs() <= exact.abs() / 15 + exact.abs().amax(dim=(1, 3), keepdim=True) / 448 / 8).all()
+    # (2) What is not finite is sent as 0, and spoils nothing around it.
+    spoiled = raw.clone()
+    spoiled.view(torch.bfloat16)[3] = float("nan")
+    spoiled.view(torch.bfloat16)[4] = float("inf")
+    cured = codec.decode(codec.encode(spoiled), len(raw)).view(torch.bfloat16)
+    assert cured[3] == cured[4] == 0
+    assert (cured[5:] == back.view(-1)[5:].to(torch.bfloat16)).all()
+    # (3) To 16 bits: as torch rounds, within float16's range.
+    cast = make_codec("fp16", GEOMETRY)
+    assert cast is not None
+    assert torch.equal(cast.encode(raw).view(torch.float16), raw.view(torch.bfloat16).half())
+    huge = torch.full((4,), 1e30).to(torch.bfloat16).view(torch.uint8)
+    assert (cast.encode(huge).view(torch.float16) == 65504).all()
+    # (4) What makes no sense is refused.
+    for name in ("lossless", "zip"):
+        with pytest.raises(GeometryMismatchError, match=name):
+            make_codec(name, GEOMETRY)

@@ -1,0 +1,124 @@
+"""A shard's KV memory on a GPU, as the mover sees it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import xxhash
+
+from tokenmesh.kv.device.digest import digest
+from tokenmesh.kv.device.ipc import map_share
+from tokenmesh.kv.geometry import BlockGeometry, LayerSpan
+from tokenmesh.kv.memory import BlockIds, Cells, Heads
+from tokenmesh.kv.shares import DeviceShare
+
+_DIGESTS = 64
+"""Checksums under way at most: those of every staging buffer, and of what is received in place."""
+
+
+class DeviceKvMemory:
+    """KV storage of an engine worker, mapped from another process; see `KvMemory`, whose face it has.
+
+    Payloads are tensors, uint8 [n]. Kernels and copies of this process follow each other on one stream; those that a
+    payload depends on are waited for with its checksum, and those that write blocks by `landed`.
+    """
+
+    sends_in_place: ClassVar[bool] = False
+    """UCX cannot hand on to an owner what is itself mapped from another process (it would copy through the host, at
+    0.6 GB/s), so blocks leave from staging memory, which is this process's own."""
+
+    direct: ClassVar[frozenset[str]] = frozenset(("cuda_ipc", "cuda_copy"))
+    """See `KvMemory`. With get_zcopy the receiver's process copies; `quiesce` waits for what it has begun."""
+
+    def __init__(self, data: torch.Tensor, geometry: BlockGeometry, spans: Sequence[LayerSpan]) -> None:
+        """`data`: uint8 [nbytes], the whole storage; one span per layer, in model order."""
+        self.geometry = geometry
+        self.all_heads = Heads(0, geometry.kv_heads)
+        self._device = data.device
+        self._cells = Cells(geometry, spans)
+        self._layers: list[torch.Tensor] = []
+        size = self._cells.nbytes
+        for span in spans:
+            count = (data.numel() - span.offset) // size
+            # As words of 8 bytes, which torch copies faster than single ones. [cells, words]
+            cells = data[span.offset : span.offset + count * size].view(torch.int64)
+            self._layers.append(cells.view(count, -1))
+        self._ids = lru_cache(maxsize=64)(self._ids_on_device)
+        self._sums = torch.zeros(_DIGESTS, 1, dtype=torch.int64, device=self._device)
+        self._answers = torch.zeros(_DIGESTS, dtype=torch.int64, pin_memory=data.is_cuda)
+        self._slots: asyncio.Queue[int] = asyncio.Queue()
+        for slot in range(_DIGESTS):
+            self._slots.put_nowait(slot)
+
+    @classmethod
+    def map(cls, given: DeviceShare, geometry: BlockGeometry, spans: Sequence[LayerSpan]) -> DeviceKvMemory:
+        """Maps what an engine worker shares. Raises DeviceIpcError."""
+        return cls(map_share(given), geometry, spans)
+
+    def nbytes(self, blocks: int, heads: Heads) -> int:
+        """See `KvMemory`."""
+        return blocks * heads.count * self.geometry.head_bytes
+
+    def buffers(self, count: int, nbytes: int) -> list[torch.Tensor]:
+        """See `KvMemory`. Parts of one allocation: opening an allocation costs its reader 15 ms, once."""
+        return list(torch.zeros(count, nbytes, dtype=torch.uint8, device=self._device))
+
+    def view(self, layer: int, blocks: BlockIds, heads: Heads) -> torch.Tensor | None:
+        """See `KvMemory`."""
+        run = self._cells.run(layer, blocks, heads)
+        return None if run is None else self._layers[layer][run].view(-1).view(torch.uint8)
+
+    def _ids_on_device(self, layer_stride: int, blocks: bytes, heads: Heads) -> torch.Tensor:
+        ids = self._cells.of(layer_stride, np.frombuffer(blocks, dtype=np.int64), heads)
+        return torch.from_numpy(ids).to(self._device)
+
+    def _places(self, layer: int, blocks: BlockIds, heads: Heads) -> torch.Tensor:
+        """Cells of blocks, int64 [cells] on the device; the same for all layers that lie alike. Raises IndexError."""
+        stride = self._cells.strides[layer]
+        if not 0 < self._cells.stop(stride, blocks, heads) <= len(self._layers[layer]):
+            raise IndexError(f"no such block in layer {layer}")
+        return self._ids(stride, np.ascontiguousarray(blocks, dtype=np.int64).tobytes(), heads)
+
+    def gather(self, layer: int, blocks: BlockIds, heads: Heads, out: torch.Tensor) -> torch.Tensor:
+        """See `KvMemory`."""
+        ids = self._places(layer, blocks, heads)
+        part = out[: len(ids) * self._cells.nbytes]
+        torch.index_select(self._layers[layer], 0, ids, out=part.view(torch.int64).view(len(ids), -1))
+        return part
+
+    def scatter(self, layer: int, blocks: BlockIds, heads: Heads, data: torch.Tensor) -> None:
+        """See `KvMemory`."""
+        ids = self._places(layer, blocks, heads)
+        self._layers[layer].index_copy_(0, ids, data.view(torch.int64).view(len(ids), -1))
+
+    async def checksum(self, payload: torch.Tensor, seed: int) -> int:
+        """See `KvMemory`. Returns when everything launched before is done."""
+        slot = await self._slots.get()
+        try:
+            total = self._sums[slot].zero_()
+            digest(payload, total)
+            self._answers[slot : slot + 1].copy_(total, non_blocking=True)
+            await self.landed()
+            return xxhash.xxh3_64_intdigest(self._answers[slot : slot + 1].numpy().tobytes(), seed=seed)
+        finally:
+            # A slot whose checksum was given up is written once more, before whatever its next user launches.
+            self._slots.put_nowait(slot)
+
+    async def landed(self) -> None:
+        """See `KvMemory`."""
+        if self._device.type != "cuda":
+            return
+        done: Any = torch.cuda.Event()
+        done.record()
+        while not done.query():  # noqa: ASYNC110 - nobody sets an event of ours when the device is done
+            await asyncio.sleep(0)
+
+    def quiesce(self) -> None:
+        """See `KvMemory`. A copy that UCX has given to the device goes on when its request is cancelled."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
