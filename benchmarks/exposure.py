@@ -13,6 +13,7 @@ from pathlib import Path
 import grpc
 
 from benchmarks.load import run_load
+from benchmarks.mover_memory import Place
 from benchmarks.movers import KvMoverError, Layout, MoverProcess
 from benchmarks.servers import START_TIMEOUT_S, mesh_config
 from services.prefill.service import PrefillServicer
@@ -44,7 +45,7 @@ class Exposure:
 
 
 class PrefillPath:
-    """A prefill service with a real engine on core 0, and an owner's mover without one on core 1."""
+    """A prefill service with a real engine, and an owner's mover without one."""
 
     def __init__(self, stub: prefill_pb2_grpc.PrefillServiceStub, owner: MoverProcess, geometry: kv_pb2.BlockGeometry):
         self._stub = stub
@@ -86,13 +87,8 @@ class PrefillPath:
 
 
 @asynccontextmanager
-async def prefill_path(eager: bool) -> AsyncIterator[PrefillPath]:
-    """Both for the length of the block, prefix cache off."""
-    mesh = mesh_config(eager)
-    section = {"cpu_omp_threads_bind": "0", "enable_prefix_caching": False}
-    config = MeshConfig.model_validate(
-        {**mesh.model_dump(), "prefill_service": {**mesh.prefill_service.model_dump(), **section}}
-    )
+async def prefill_path(config: MeshConfig, place: Place) -> AsyncIterator[PrefillPath]:
+    """Both for the length of the block; `place` is the owner's."""
     path = await asyncio.to_thread(resolve_model, config.model)
     servicer = PrefillServicer(config.prefill_service, Metrics())
     server = grpc.aio.server()
@@ -106,8 +102,9 @@ async def prefill_path(eager: bool) -> AsyncIterator[PrefillPath]:
         geometry = engine.movers[0].geometry
         blocks = geometry.blocks_for(config.max_model_len)
         layout = Layout("owner", geometry.layers, geometry.block_bytes, range(blocks), range(blocks))
-        transport = config.prefill_service.kv_transfer.transport
-        owner = MoverProcess("owner", layout, blocks, transport, 1, geometry)
+        transfer = config.prefill_service.kv_transfer
+        chunk = transfer.chunk(device=place.device is not None)
+        owner = MoverProcess("owner", layout, blocks, transfer.transport, place, geometry, chunk)
         await owner.start()
         stack.push_async_callback(owner.stop)
         channel = await stack.enter_async_context(grpc.aio.insecure_channel(f"127.0.0.1:{port}"))
@@ -117,8 +114,13 @@ async def prefill_path(eager: bool) -> AsyncIterator[PrefillPath]:
 
 
 async def exposures(lengths: Sequence[int], rounds: int, eager: bool) -> list[Exposure]:
-    """Prefills of every length in turn, `rounds` times after one that warms up."""
-    async with prefill_path(eager) as path:
+    """Prefills of every length in turn, `rounds` times after one that warms up; prefix cache off."""
+    mesh = mesh_config(eager)
+    section = {"cpu_omp_threads_bind": "0", "enable_prefix_caching": False}
+    config = MeshConfig.model_validate(
+        {**mesh.model_dump(), "prefill_service": {**mesh.prefill_service.model_dump(), **section}}
+    )
+    async with prefill_path(config, Place((1,))) as path:
         for tokens in lengths:
             await path.prefill(tokens)
         return [await path.prefill(tokens) for _ in range(rounds) for tokens in lengths]

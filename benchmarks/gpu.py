@@ -1,9 +1,10 @@
-"""Decode steps of a root with ranks on its own GPU, against plain vLLM on the same GPU: `make bench-gpu`.
+"""Decode steps of a root with ranks on its own GPU, against plain vLLM, and KV from GPU to GPU: `make bench-gpu`.
 
 Per model shape three engines run one after the other, each in a process of its own and alone on the GPU, with the same
 settings and CUDA graphs: plain vLLM; a root whose sequences all live on one other rank, so that every row is packed,
 attended beside an idle root, and unpacked; and a root and one other rank with half the sequences each. Weights are
-random and KV is not computed but counts as fetched, which costs a step what real ones cost.
+random and KV is not computed but counts as fetched, which costs a step what real ones cost. How KV moves is measured
+in `gpu_push`.
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 """Llama-3.2-1B and Llama-3.1-8B."""
 LOADS = ((16, 4096), (64, 4096), (64, 16384))
 """Sequences, and tokens of context of each."""
+PUSH = "push"
+"""Beside the sides: how KV moves."""
 SIDES: dict[str, dict[str, Any]] = {
     "plain": {"token_parallel_size": 1},
     # The root's share comes to one block, in which no sequence fits.
@@ -155,19 +158,24 @@ async def measure(shape: str, side: str) -> list[Run]:
     return runs
 
 
-def in_process(shape: str, side: str, out: Path) -> list[Run]:
-    """`measure` in a process of its own, so that the GPU is free again afterwards."""
+def in_process(shape: str, side: str, out: Path) -> Any:
+    """What a side gives, in a process of its own, so that the GPU is free again afterwards."""
     out.mkdir(parents=True, exist_ok=True)
     file, log = out / f"gpu-{shape}-{side}.json", out / f"gpu-{shape}-{side}.log"
     command = [sys.executable, "-m", "benchmarks.gpu", "--child", shape, side, "--out", str(file)]
     start = time.monotonic()
     with log.open("w") as stream:
         subprocess.run(command, cwd=ROOT, check=True, timeout=CHILD_TIMEOUT_S, stdout=stream, stderr=stream)
-    runs = [Run(**run) for run in json.loads(file.read_text())]
+    print(f"{shape} {side}: {time.monotonic() - start:.0f} s in all", flush=True)
+    return json.loads(file.read_text())
+
+
+def decode_steps(shape: str, side: str, out: Path) -> list[Run]:
+    """`measure` in a process of its own."""
+    runs = [Run(**run) for run in in_process(shape, side, out)]
     for run in runs:
         steps = f"{median(run.step_s) * 1e3:.3f} ms" if run.step_s else "does not fit"
         print(f"{run.shape} {run.side:5} {run.batch}x{run.context}: {steps}", flush=True)
-    print(f"{shape} {side}: {time.monotonic() - start:.0f} s in all", flush=True)
     return runs
 
 
@@ -199,6 +207,16 @@ def figures(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     }
 
 
+def push_figures(pushed: Mapping[str, Any]) -> dict[str, float]:
+    """Of the largest layout in one piece, against ucx_perftest; and of the longest prompt."""
+    best = next(row for row in pushed["goodput"] if row["layout"] == "256 MB")
+    longest = max(pushed["exposed"], key=lambda row: int(row["tokens"]))
+    return {
+        "push_goodput_ratio": best["streamed_gb_s"] / best["perftest_gb_s"],
+        "exposed_ratio_8k": longest["exposed_s"] / longest["prefill_s"],
+    }
+
+
 def driver() -> str:
     """The GPU's driver."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
@@ -207,7 +225,8 @@ def driver() -> str:
 
 def bench(shapes: Sequence[str], out: Path) -> int:
     """Runs everything and writes JSON. Returns the exit status."""
-    runs = [run for shape in shapes for side in SIDES for run in in_process(shape, side, out)]
+    runs = [run for shape in shapes for side in SIDES for run in decode_steps(shape, side, out)]
+    pushed = in_process(shapes[-1], PUSH, out)
     rows = compare(runs)
     left_out = sorted({f"{run.shape} {run.batch}x{run.context}" for run in runs if not run.step_s})
     notes = [
@@ -215,14 +234,14 @@ def bench(shapes: Sequence[str], out: Path) -> int:
         "exchange_us_p50: median over loads of what a layer takes longer with all rows on the other rank",
         f"sides ran one after the other, each in a process of its own; medians of {REPEATS} repetitions",
         "weights are random, KV is not computed but counts as fetched",
+        f"push: see benchmarks/gpu_push.py; prompts of the {shapes[-1]} shape, one at a time",
         f"left out, since the KV of all sequences does not fit beside the weights: {', '.join(left_out) or 'nothing'}",
     ]
     report = Report(
         "gpu",
-        figures(rows),
-        [*rows, *({"measured": asdict(run)} for run in runs)],
+        {**figures(rows), **push_figures(pushed)},
+        [*rows, *pushed["goodput"], *pushed["exposed"], *({"measured": asdict(run)} for run in runs)],
         notes,
-        unmeasured=["push_goodput_ratio", "exposed_ratio_8k"],
     )
     report.machine["driver"] = driver()
     print(f"{report.write(out)}: {report.figures}")
@@ -237,8 +256,14 @@ def main() -> int:
     parser.add_argument("--child", nargs=2, metavar=("SHAPE", "SIDE"), help="one engine only; --out is its file")
     options = parser.parse_args()
     if options.child:
-        runs = asyncio.run(measure(*options.child))
-        options.out.write_text(json.dumps([asdict(run) for run in runs]))
+        shape, side = options.child
+        if side == PUSH:
+            from benchmarks import gpu_push
+
+            result: Any = gpu_push.measure(SHAPES[shape], ENGINE_ARGS)
+        else:
+            result = [asdict(run) for run in asyncio.run(measure(shape, side))]
+        options.out.write_text(json.dumps(result))
         return 0
     return bench(options.shapes, options.out.absolute())
 

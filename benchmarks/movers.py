@@ -1,4 +1,4 @@
-"""A prefill's mover and an owner's, with real shared memory and no engine: the path of KV as a benchmark drives it."""
+"""A prefill's mover and an owner's, with real memory and no engine: the path of KV as a benchmark drives it."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ import msgspec
 import numpy as np
 import zmq
 
+from benchmarks.mover_memory import Place, make_blocks
 from tokenmesh.kv.geometry import BlockGeometry, LayerSpan
 from tokenmesh.kv.hub import LinkHub
 from tokenmesh.kv.messages import (
@@ -40,7 +41,6 @@ from tokenmesh.kv.messages import (
     encode,
 )
 from tokenmesh.kv.mover import MoverArgs
-from tokenmesh.kv.shares import HostShare
 
 T = TypeVar("T")
 ANSWER_S = 60.0
@@ -83,25 +83,22 @@ class MoverProcess:
         layout: Layout,
         blocks: int,
         transport: str,
-        core: int,
+        place: Place,
         geometry: BlockGeometry | None = None,
+        chunk_bytes: int = CHUNK_BYTES,
     ) -> None:
         """`blocks`: of each layer; `geometry`: of an engine's blocks, where one writes to them."""
         self.messages: asyncio.Queue[ToService] = asyncio.Queue()
         self.hub = LinkHub(self.messages.put_nowait)
         self.address: tuple[str, int] = ("", 0)
         self._folder = Path(tempfile.mkdtemp(prefix="tokenmesh-bench-"))
-        self._fd = os.memfd_create(name)
-        self._core = core
+        self._name = name
+        self._place = place
         size = layout.block_bytes
-        nbytes = layout.layers * blocks * size
-        os.ftruncate(self._fd, nbytes)
-        self.data = np.memmap(f"/proc/self/fd/{self._fd}", dtype=np.uint8, mode="r+").reshape(
-            layout.layers, blocks, size
-        )
+        self.blocks = make_blocks(place, layout.layers, blocks, size)
         self._args = MoverArgs(
             shard=0,
-            memory=HostShare(self._fd, nbytes),
+            memory=self.blocks.share,
             geometry=geometry or BlockGeometry(layout.layers, 1, 1, 1, "uint8", size, "bench"),
             spans=[LayerSpan(layer * blocks * size, size) for layer in range(layout.layers)],
             hub=self.hub.address,
@@ -109,9 +106,9 @@ class MoverProcess:
             host="127.0.0.1",
             port=0,
             transport=transport,
-            chunk_bytes=CHUNK_BYTES,
+            chunk_bytes=chunk_bytes,
             window=WINDOW,
-            cpus=[core],
+            cpus=list(place.cpus),
         )
         self._context = zmq.Context()
         self._commands = self._context.socket(zmq.PUSH)
@@ -120,16 +117,15 @@ class MoverProcess:
     async def start(self) -> None:
         """Starts it and gives it its core."""
         await self.hub.__aenter__()
-        os.set_inheritable(self._fd, True)
         command = [sys.executable, "-m", "tokenmesh.kv.mover", msgspec.json.encode(self._args).decode()]
         self.process = subprocess.Popen(  # noqa: ASYNC220 - as the engine worker does
-            command, stdin=subprocess.PIPE, pass_fds=(self._fd,)
+            command, stdin=subprocess.PIPE, pass_fds=self.blocks.inherited
         )
         self._commands.connect(self._args.inbox)
         ready = await self.hear(MoverReady)
         self.address = (ready.host, ready.port)
         for thread in Path(f"/proc/{self.process.pid}/task").iterdir():
-            os.sched_setaffinity(int(thread.name), {self._core})
+            os.sched_setaffinity(int(thread.name), self._place.cpus)
 
     def command(self, message: ToMover) -> None:
         """Tells it what its engine worker would."""
@@ -152,7 +148,7 @@ class MoverProcess:
             self.process.kill()
             self._context.destroy(linger=0)
             await self.hub.__aexit__()
-            os.close(self._fd)
+            self.blocks.close()
             shutil.rmtree(self._folder, ignore_errors=True)
 
 
@@ -177,11 +173,11 @@ class MoverPair:
 
     async def measure(self, layout: Layout, transfers: int) -> Goodput:
         """Moves a layout's blocks again and again. Raises KvMoverError unless the owner has them all in the end."""
-        self.owner.data[:, list(layout.target)] = 0
+        self.owner.blocks.clear(layout.target)
         streamed = await self._timed(layout, transfers, depth=2)
         alone = [await self._timed(layout, 1, depth=1) for _ in range(min(transfers, 8))]
         for place, block in zip(layout.source, layout.target, strict=True):
-            if not np.array_equal(self.sender.data[:, place], self.owner.data[:, block]):
+            if not np.array_equal(self.sender.blocks.block(place), self.owner.blocks.block(block)):
                 raise KvMoverError(f"block {block} of the owner is not block {place} of the sender")
         alone.sort()
         return Goodput(layout.nbytes * transfers / streamed, layout.nbytes / alone[len(alone) // 2])
@@ -220,14 +216,19 @@ class MoverPair:
 
 
 @asynccontextmanager
-async def mover_pair(layout: Layout, transport: str) -> AsyncIterator[MoverPair]:
+async def mover_pair(
+    layout: Layout,
+    transport: str,
+    places: tuple[Place, Place] = (Place((0,)), Place((1,))),
+    chunk_bytes: int = CHUNK_BYTES,
+) -> AsyncIterator[MoverPair]:
     """Two movers for the length of the block, connected, with memory for a layout full of random bytes."""
     blocks = 1 + max(*layout.source, *layout.target)
-    sender = MoverProcess("sender", layout, blocks, transport, 0)
-    owner = MoverProcess("owner", layout, blocks, transport, 1)
-    source = np.random.default_rng(1)
-    for layer in sender.data:
-        layer[:] = source.integers(0, 256, layer.shape, dtype=np.uint8)
+    sender, owner = (
+        MoverProcess(name, layout, blocks, transport, place, chunk_bytes=chunk_bytes)
+        for name, place in zip(("sender", "owner"), places, strict=True)
+    )
+    sender.blocks.fill(1)
     await asyncio.gather(sender.start(), owner.start())
     try:
         sender.hub.send("mover-0", Connect(*owner.address))

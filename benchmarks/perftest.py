@@ -18,8 +18,12 @@ class PerftestError(Exception):
     """ucx_perftest is not there or does not run; the message says why."""
 
 
-async def perftest(transport: str, message_bytes: int, window: int, messages: int) -> float:
+async def perftest(
+    transport: str, message_bytes: int, window: int, messages: int, devices: tuple[int, ...] = ()
+) -> float:
     """Bytes per second of tagged messages, a process on each core; it neither copies nor checks what arrives.
+
+    `devices`: GPUs of the sender and the receiver, whose memory it is; none: host memory.
 
     Over shared memory it gets the settings of our movers. Over TCP it gets its own best: its endpoints are connected in
     another way than ours, for which put_zcopy and error handling would cost it most of its bandwidth.
@@ -30,21 +34,24 @@ async def perftest(transport: str, message_bytes: int, window: int, messages: in
     if transport == "tcp":
         environment["UCX_TLS"] = "tcp"
     else:
-        environment.update(transports.environment(transport))
+        environment.update(transports.environment(transport, device=bool(devices)))
         arguments.append("-e")
+    if devices:
+        arguments += ["-m", "cuda"]
     arguments += ["-c", "0", "-t", "tag_bw", "-f", "-v", "-s", str(message_bytes)]
     arguments += ["-O", str(window), "-n", str(messages), "-w", str(window)]
     for _ in range(ATTEMPTS - 1):
         try:
-            return await _run(program, environment, arguments)
+            return await _run(program, environment, arguments, devices)
         except PerftestError as error:
             # Another process may have taken the port.
             print(f"{error}; once more", flush=True)
-    return await _run(program, environment, arguments)
+    return await _run(program, environment, arguments, devices)
 
 
-async def _run(program: Path, environment: dict[str, str], arguments: list[str]) -> float:
+async def _run(program: Path, environment: dict[str, str], arguments: list[str], devices: tuple[int, ...]) -> float:
     [port] = free_ports(1)
+    sees = [{**environment, "CUDA_VISIBLE_DEVICES": str(device)} for device in devices] or [environment, environment]
     # Client and server agree on nothing but the port.
     server = await asyncio.create_subprocess_exec(
         program,
@@ -52,7 +59,7 @@ async def _run(program: Path, environment: dict[str, str], arguments: list[str])
         str(port),
         "-c",
         "1",
-        env=environment,
+        env=sees[1],
         stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.DEVNULL,
     )
@@ -64,7 +71,7 @@ async def _run(program: Path, environment: dict[str, str], arguments: list[str])
             "-p",
             str(port),
             *arguments,
-            env=environment,
+            env=sees[0],
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
         )

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from tokenmesh.config import MeshConfig
 if TYPE_CHECKING:
     from benchmarks.engine_group import Stream
 
+ROOT = Path(__file__).parents[2]
 NEW_TOKENS = 32
 STEP_TOKENS = 512
 """Less than the longest prompts, so that these come in chunks, between others' decode steps."""
@@ -130,6 +132,19 @@ async def generate(mesh: MeshConfig, kill: bool, file: Path) -> None:
                 print(f"--- {log.name}\n{log.read_text(errors='replace')[-6000:]}", file=sys.stderr)
     tokens = [stream.tokens for wave in waves for stream in wave]
     file.write_text(json.dumps({"tokens": tokens, "most": most, "killed": killed}))
+
+
+def in_process(
+    model: str, ranks: int, exchange: str, eager: bool, folder: Path, kill: bool = False
+) -> tuple[list[list[int]], int]:
+    """What `generate` gives, of a process that has the GPUs for itself."""
+    file = folder / f"{ranks}-{exchange}.json"
+    command = [sys.executable, "-m", "tests.gpu.engine_tokens", model, str(ranks), exchange, str(int(eager))]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    subprocess.run([*command, str(int(kill)), str(file)], check=True, timeout=300, env=env, cwd=ROOT)
+    result = json.loads(file.read_text())
+    assert result["killed"] == kill
+    return result["tokens"], result["most"]
 
 
 def agreement(first: Sequence[Sequence[int]], second: Sequence[Sequence[int]]) -> tuple[int, int]:

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.gpu.engine_tokens import agreement
-from tokenmesh.model_store import resolve_model
-
-ROOT = Path(__file__).parents[2]
+from tests.gpu.engine_tokens import agreement, in_process
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU")
 
@@ -29,29 +22,10 @@ def test_kernels() -> None:
         check_pack_and_unpack(heads, kv_heads, size)
 
 
-def in_process(
-    model: str, ranks: int, exchange: str, eager: bool, folder: Path, kill: bool = False
-) -> tuple[list[list[int]], int]:
-    """Greedy tokens, in a process that has the GPUs for itself, and the most sequences on rank 1 at once."""
-    file = folder / f"{ranks}-{exchange}.json"
-    command = [sys.executable, "-m", "tests.gpu.engine_tokens", model, str(ranks), exchange, str(int(eager))]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    subprocess.run([*command, str(int(kill)), str(file)], check=True, timeout=300, env=env, cwd=ROOT)
-    result = json.loads(file.read_text())
-    assert result["killed"] == kill
-    return result["tokens"], result["most"]
-
-
 @pytest.fixture(scope="module", params=[True, False], ids=["eager", "graphs"])
 def eager(request: pytest.FixtureRequest) -> bool:
     """Whether CUDA graphs are off."""
     return bool(request.param)
-
-
-@pytest.fixture(scope="module")
-def model() -> str:
-    """Folder of SmolLM2."""
-    return os.environ.get("TOKENMESH_TEST_MODEL") or resolve_model("smollm2-135m-instruct")
 
 
 @pytest.fixture(scope="module")

@@ -56,7 +56,7 @@ async def test_a_sender_frozen_within_a_message_writes_nothing_when_it_thaws(tra
                 waits.append(clock() - asked)
                 assert waits[-1] < 2 * LET_GO_S + 1
                 # (3) The blocks are given to somebody else.
-                pair.owner.data[:] = 77
+                pair.owner.blocks.data[:] = 77
             finally:
                 os.kill(pair.sender.process.pid, signal.SIGCONT)
             # (4) The sender goes on, and its transfer ends: well only if everything had arrived before.
@@ -64,7 +64,7 @@ async def test_a_sender_frozen_within_a_message_writes_nothing_when_it_thaws(tra
             assert settled.complete or done.error
             # (5) Nothing has touched the blocks.
             await asyncio.sleep(0.1)
-            assert (pair.owner.data == 77).all()
+            assert (pair.owner.blocks.data == 77).all()
         # (6) A message was under way at least once, and the pair still works, over a new connection.
         assert max(waits) > LET_GO_S * 0.9
         goodput = await pair.measure(LAYOUT, 1)
@@ -76,9 +76,9 @@ async def test_blocks_in_order_and_scattered_ones_arrive_alike() -> None:
     backwards = Layout("backwards", 1, 1 << 20, range(BLOCKS), range(BLOCKS)[::-1])
     async with mover_pair(LAYOUT, "shm") as pair:
         await pair.measure(LAYOUT, 2)
-        assert np.array_equal(pair.owner.data[0, 5], pair.sender.data[0, 5])
+        assert np.array_equal(pair.owner.blocks.data[0, 5], pair.sender.blocks.data[0, 5])
         await pair.measure(backwards, 2)
-        assert np.array_equal(pair.owner.data[0, BLOCKS - 6], pair.sender.data[0, 5])
+        assert np.array_equal(pair.owner.blocks.data[0, BLOCKS - 6], pair.sender.blocks.data[0, 5])
 
 
 class Line:

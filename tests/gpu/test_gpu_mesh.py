@@ -1,0 +1,58 @@
+"""A whole mesh on GPUs gives the tokens of a plain engine, its KV moved from GPU to GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.gpu.engine_tokens import agreement, in_process, prompts
+
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU"),
+    pytest.mark.timeout(700),
+]
+
+
+def test_digests_of_kernel_and_torch_agree() -> None:
+    from tokenmesh.kv.device.digest import digest, reference
+
+    generator = torch.Generator("cuda").manual_seed(3)
+    for words in (1, 2, 4095, 4096, 4097, 1 << 20, (1 << 20) + 3):
+        payload = torch.randint(0, 256, (8 * words,), dtype=torch.uint8, device="cuda", generator=generator)
+        total = torch.zeros(1, dtype=torch.int64, device="cuda")
+        digest(payload, total)
+        assert int(total) == int(reference(payload)), words
+
+
+@pytest.fixture(scope="module")
+def plain(model: str, tmp_path_factory: pytest.TempPathFactory) -> list[list[int]]:
+    """A plain engine's tokens."""
+    tokens, _ = in_process(model, 1, "local", False, tmp_path_factory.mktemp("plain"))
+    return tokens
+
+
+@pytest.mark.parametrize("case", ["root", "local", "nccl", "fp8"])
+def test_kv_that_was_moved_gives_the_same_tokens(case: str, model: str, plain: list[list[int]], tmp_path: Path) -> None:
+    # Imported late: it takes a mesh's clients.
+    from tests.gpu.mesh_tokens import MIN_REMOTE, mesh_tokens
+
+    # (1) Long prompts were prefilled elsewhere, in the first wave all of them.
+    result = mesh_tokens(model, case, tmp_path)
+    remote = [len(ids) >= MIN_REMOTE for ids in prompts(model)]
+    moved = [decision == "PREFILL_DECISION_DISAGGREGATED" for decision in result["decisions"][0]]
+    assert sum(moved) >= 0.8 * sum(remote)
+    assert result["kv_transfers"] >= sum(moved)
+    # (2) Their KV came from GPU to GPU, where there are ranks to each of them, and nothing is held in the end.
+    assert "cuda_ipc" in result["kv_transport"]
+    assert result["kv_bytes"] > 0
+    if case in ("local", "nccl"):
+        assert result["most"] >= 8
+    if case == "nccl":
+        assert 0 < result["kv_bytes_to_workers"] < result["kv_bytes"]
+    assert not any(result["held"].values())
+    # (3) bfloat16 rounds coarsely: a sum in another order may pick another token. Hence agreement, not equality.
+    equal, compared = agreement(plain, result["tokens"])
+    print(f"{case}: {equal} of {compared} tokens ({equal / compared:.2%}), {result['kv_bytes']} bytes moved")
+    assert equal / compared >= (0.9 if case == "fp8" else 0.99)
