@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,10 @@ MIB = 1 << 20
 PROMPTS = (2000, 8192)
 """Tokens of the prompts whose exposed time is measured."""
 ROUNDS = 5
-CHUNK_BYTES = KvTransferConfig().chunk(device=True)
+CHUNKS = (KvTransferConfig().chunk(device=True), 256 * MIB)
+"""Largest messages: as configured by default, and the largest that can be configured."""
 LAYOUTS = (
-    *(Layout(f"{n} MB", 1, MIB, range(n), range(n)) for n in (1, 16, 64, 256)),
+    *(Layout(f"{n} MB", 1, MIB, range(n), range(n)) for n in (16, 64, 256)),
     # 8,192 tokens of Llama-3.1-8B in blocks of 16, in the order in which a cache in use hands them out.
     Layout("8b 8192 tokens", 32, 64 << 10, scattered(512, 1), scattered(512, 2)),
 )
@@ -56,12 +58,14 @@ def copied(nbytes: int) -> float:
 async def goodputs() -> list[dict[str, Any]]:
     """Per layout, bytes per second of our movers, of ucx_perftest and of the device's copy."""
     rows = []
-    for layout in LAYOUTS:
-        async with mover_pair(layout, "auto", places(), CHUNK_BYTES) as pair:
+    for layout, chunk in product(LAYOUTS, CHUNKS):
+        if chunk != CHUNKS[0] and layout.nbytes // layout.layers <= CHUNKS[0]:
+            continue
+        async with mover_pair(layout, "auto", places(), chunk) as pair:
             transfers = max(8, min(64, (4 << 30) // layout.nbytes))
             await pair.measure(layout, 4)
             ours = await pair.measure(layout, transfers)
-        message = min(CHUNK_BYTES, layout.nbytes // layout.layers)
+        message = min(chunk, layout.nbytes // layout.layers)
         try:
             ucx = await perftest("auto", message, WINDOW, 400, devices=tuple(int(p.device or 0) for p in places()))
         except PerftestError as error:
@@ -69,6 +73,7 @@ async def goodputs() -> list[dict[str, Any]]:
             ucx = float("nan")
         row = {
             "layout": layout.name,
+            "chunk_mb": chunk // MIB,
             "transport": pair.transport,
             "gpus": [place.device for place in places()],
             "streamed_gb_s": ours.streamed / 1e9,

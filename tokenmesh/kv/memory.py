@@ -70,6 +70,8 @@ class BlockMemory(Protocol):
     all_heads: Heads
     sends_in_place: ClassVar[bool]
     """Whether payloads may leave from where the blocks are."""
+    overlaps: ClassVar[bool]
+    """Whether copies and checksums go on by themselves, so that the next may be begun before one is done."""
     direct: ClassVar[frozenset[str]]
     """Transports, besides those of host memory, with which a payload may be received into blocks: nothing writes them
     after the endpoint is closed and `quiesce` has returned."""
@@ -110,6 +112,7 @@ class KvMemory:
     """
 
     sends_in_place: ClassVar[bool] = True
+    overlaps: ClassVar[bool] = False
     direct: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, data: Buffer, geometry: BlockGeometry, spans: Sequence[LayerSpan]) -> None:

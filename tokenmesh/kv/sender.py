@@ -120,6 +120,15 @@ class _Transfer:
     transport: str = ""
 
 
+@dataclass
+class _Message:
+    header: Header
+    """Sealed."""
+    payload: Payload
+    staging: Payload | None
+    """Borrowed until it is sent."""
+
+
 class Sender:
     """All transfers that leave this mover."""
 
@@ -294,26 +303,32 @@ class Sender:
                 head=way.target,
                 heads=way.source.count,
             )
-            header, payload, staging = await self._prepare(place, blocks, way.source, transfer.codec)
+            if self._memory.overlaps:
+                staging = await self._staging.get()
+                work = self._prepare_and_send(way, place, blocks, transfer, staging)
+            else:
+                work = self._send(way.peer, await self._prepare(place, blocks, way.source, transfer.codec), transfer)
             way.messages += 1
-            transfer.bytes += header.length
-            transfer.block_layers += len(blocks)
-            task = asyncio.create_task(self._send(way.peer, header, payload, staging, transfer))
+            task = asyncio.create_task(work)
             sends.add(task)
             # Failed sends stay in the set, for COMMIT to meet what they met.
             task.add_done_callback(lambda t: sends.discard(t) if not t.cancelled() and not t.exception() else None)
             await asyncio.sleep(0)
 
+    async def _prepare_and_send(
+        self, way: _Way, place: Header, blocks: BlockIds, transfer: _Transfer, staging: Payload
+    ) -> None:
+        await self._send(way.peer, await self._prepare(place, blocks, way.source, transfer.codec, staging), transfer)
+
     async def _prepare(
-        self, header: Header, blocks: BlockIds, heads: Heads, codec_name: str
-    ) -> tuple[Header, Payload, Payload | None]:
-        """A message's header, sealed, its payload, and the staging memory that it borrows; none if this fails."""
-        codec = make_codec(codec_name, self._memory.geometry)
-        staging: Payload | None = None
+        self, header: Header, blocks: BlockIds, heads: Heads, codec_name: str, staging: Payload | None = None
+    ) -> _Message:
+        """A message, ready to go; borrows nothing if it fails. `staging`: lent by the caller; None: it may borrow some."""
         number = 0
         try:
+            codec = make_codec(codec_name, self._memory.geometry)
             payload = self._memory.view(header.layer, blocks, heads) if self._memory.sends_in_place else None
-            if payload is None or codec is not None:
+            if staging is None and (payload is None or codec is not None):
                 # With a codec, this bounds the encoded payloads under way.
                 staging = await self._staging.get()
             if payload is None:
@@ -324,22 +339,23 @@ class Sender:
                 if encoded is not None:
                     payload, number = encoded, NAMES.index(codec_name)
             header = replace(header, length=len(payload), codec=number)
-            return replace(header, checksum=await self._memory.checksum(payload, header.seed)), payload, staging
+            header = replace(header, checksum=await self._memory.checksum(payload, header.seed))
+            return _Message(header, payload, staging)
         except BaseException:
             if staging is not None:
                 self._staging.put_nowait(staging)
             raise
 
-    async def _send(
-        self, peer: Peer, header: Header, payload: Payload, staging: Payload | None, transfer: _Transfer
-    ) -> None:
+    async def _send(self, peer: Peer, message: _Message, transfer: _Transfer) -> None:
         try:
             if not transfer.cancelled:
+                transfer.bytes += message.header.length
+                transfer.block_layers += message.header.blocks
                 with transfer.wire.message():
-                    await peer.send(header, payload)
+                    await peer.send(message.header, message.payload)
         finally:
-            if staging is not None:
-                self._staging.put_nowait(staging)
+            if message.staging is not None:
+                self._staging.put_nowait(message.staging)
 
     async def close(self) -> None:
         """Cancels every transfer and closes every pair."""

@@ -32,6 +32,8 @@ class DeviceKvMemory:
     """UCX cannot hand on to an owner what is itself mapped from another process (it would copy through the host, at
     0.6 GB/s), so blocks leave from staging memory, which is this process's own."""
 
+    overlaps: ClassVar[bool] = True
+
     direct: ClassVar[frozenset[str]] = frozenset(("cuda_ipc", "cuda_copy"))
     """See `KvMemory`. With get_zcopy the receiver's process copies; `quiesce` waits for what it has begun."""
 
