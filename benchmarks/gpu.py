@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.engine_group import EngineGroup, engine_group, random_prompts, step_seconds
+from benchmarks.gpu_push import LARGEST
 from benchmarks.harness import ROOT, Report, median
 from tokenmesh.config import MeshConfig
 
@@ -208,8 +209,8 @@ def figures(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def push_figures(pushed: Mapping[str, Any]) -> dict[str, float]:
-    """Of the largest messages, against ucx_perftest; and of the longest prompt."""
-    best = max(pushed["goodput"], key=lambda row: (row["layout"] == "256 MB", int(row["chunk_mb"])))
+    """Of the largest layout in messages as configured by default, against ucx_perftest; and of the longest prompt."""
+    best = next(row for row in pushed["goodput"] if row["layout"] == LARGEST)
     longest = max(pushed["exposed"], key=lambda row: int(row["tokens"]))
     return {
         "push_goodput_ratio": best["streamed_gb_s"] / best["perftest_gb_s"],

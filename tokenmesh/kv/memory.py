@@ -29,6 +29,26 @@ class Heads:
     count: int
 
 
+class Run:
+    """Numbers of cells."""
+
+    def __init__(self, ids: BlockIds) -> None:
+        self.ids = ids
+        self.first, self.last = (int(ids.min()), int(ids.max())) if len(ids) else (0, -1)
+        self.adjacent = self.last - self.first == len(ids) - 1 and bool((np.diff(ids) == 1).all())
+        """They lie next to each other, in this order."""
+
+    @property
+    def span(self) -> slice:
+        """The cells, if adjacent."""
+        return slice(self.first, self.last + 1)
+
+    def check(self, cells: int, layer: int) -> None:
+        """Raises IndexError unless a layer of so many cells has them all."""
+        if self.first < 0 or self.last >= cells:
+            raise IndexError(f"no such block in layer {layer}")
+
+
 class Cells:
     """What KV memory is made of: one head of one block each, or the whole block where the packing mixes heads."""
 
@@ -41,26 +61,17 @@ class Cells:
         assert all(span.stride % self.nbytes == 0 for span in spans)
         self.strides = [span.stride // self.nbytes for span in spans]
         """Per layer, cells from one block to the next."""
+        self._last: tuple[BlockIds | None, int, Heads | None, Run] = (None, 0, None, Run(np.zeros(0, dtype=np.int64)))
 
-    def of(self, stride: int, blocks: BlockIds, heads: Heads) -> BlockIds:
-        """Numbers of the cells of these blocks' heads in a layer of this stride, [blocks x heads]."""
-        first = blocks * stride
-        if self._per_block == 1:
-            return first
-        return (first[:, None] + np.arange(heads.first, heads.first + heads.count)).reshape(-1)
-
-    def stop(self, stride: int, blocks: BlockIds, heads: Heads) -> int:
-        """One past the last of them; 0 if a block's number is negative."""
-        if int(blocks.min()) < 0:
-            return 0
-        return int(blocks.max()) * stride + (1 if self._per_block == 1 else heads.first + heads.count)
-
-    def run(self, layer: int, blocks: BlockIds, heads: Heads) -> slice | None:
-        """The cells of these blocks' heads, if they lie next to each other in this order; else None."""
-        ids = self.of(self.strides[layer], blocks, heads)
-        if ids[-1] - ids[0] != len(ids) - 1 or not (np.diff(ids) == 1).all():
-            return None
-        return slice(int(ids[0]), int(ids[-1]) + 1)
+    def of(self, layer: int, blocks: BlockIds, heads: Heads) -> Run:
+        """The cells of these blocks' heads in a layer. Looked up once for layers that lie alike: do not change it."""
+        stride = self.strides[layer]
+        if self._last[0] is not blocks or self._last[1:3] != (stride, heads):
+            ids = blocks * stride
+            if self._per_block > 1:
+                ids = (ids[:, None] + np.arange(heads.first, heads.first + heads.count)).reshape(-1)
+            self._last = blocks, stride, heads, Run(ids)
+        return self._last[3]
 
 
 class BlockMemory(Protocol):
@@ -145,24 +156,21 @@ class KvMemory:
 
     def view(self, layer: int, blocks: BlockIds, heads: Heads) -> Buffer | None:
         """See `BlockMemory`."""
-        run = self._cells.run(layer, blocks, heads)
-        return None if run is None else self._layers[layer][run].view(np.uint8)
+        run = self._cells.of(layer, blocks, heads)
+        return self._layers[layer][run.span].view(np.uint8) if run.adjacent else None
 
     def gather(self, layer: int, blocks: BlockIds, heads: Heads, out: Buffer) -> Buffer:
         """See `BlockMemory`."""
-        stride = self._cells.strides[layer]
-        if not 0 < self._cells.stop(stride, blocks, heads) <= len(self._layers[layer]):
-            raise IndexError(f"no such block in layer {layer}")
-        ids = self._cells.of(stride, blocks, heads)
-        part = out[: len(ids) * self._cells.nbytes]
+        run = self._cells.of(layer, blocks, heads)
+        run.check(len(self._layers[layer]), layer)
+        part = out[: len(run.ids) * self._cells.nbytes]
         # Checked above: in its checking mode, numpy copies twice.
-        np.take(self._layers[layer], ids, out=part.view(self._cell), mode="clip")
+        np.take(self._layers[layer], run.ids, out=part.view(self._cell), mode="clip")
         return part
 
     def scatter(self, layer: int, blocks: BlockIds, heads: Heads, data: Buffer) -> None:
         """See `BlockMemory`."""
-        ids = self._cells.of(self._cells.strides[layer], blocks, heads)
-        self._layers[layer][ids] = data.view(self._cell)
+        self._layers[layer][self._cells.of(layer, blocks, heads).ids] = data.view(self._cell)
 
     async def checksum(self, payload: Buffer, seed: int) -> int:
         """See `BlockMemory`."""

@@ -282,7 +282,7 @@ class Receiver:
             or not self._fits(header, ticket)
         ):
             return None
-        blocks = ticket.blocks[header.first : header.first + header.blocks]
+        blocks = ticket.part(header.first, header.blocks)
         place = self._memory.view(header.layer, blocks, self._heads(header))
         free = self._part(ticket.free, header)
         if place is None or not free.all():
@@ -393,7 +393,7 @@ class Receiver:
         free = self._part(ticket.free, header)
         if not free.all():
             return self._drop(ticket, "duplicate")
-        blocks = ticket.blocks[header.first : header.first + header.blocks]
+        blocks = ticket.part(header.first, header.blocks)
         self._memory.scatter(header.layer, blocks, self._heads(header), raw)
         free[:] = False
         self._part(ticket.missing, header)[:] = False

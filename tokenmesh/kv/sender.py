@@ -118,6 +118,13 @@ class _Transfer:
     wire: Stopwatch = field(default_factory=Stopwatch)
     committed: float = 0.0
     transport: str = ""
+    last: tuple[list[int], BlockIds] = field(default_factory=lambda: ([], np.zeros(0, dtype=np.int64)))
+
+    def block_ids(self, blocks: list[int]) -> BlockIds:
+        """As an array. Layer after layer has the same blocks, and who sees the same array need not look at it again."""
+        if blocks != self.last[0]:
+            self.last = blocks, np.array(blocks, dtype=np.int64)
+        return self.last[1]
 
 
 @dataclass
@@ -290,9 +297,8 @@ class Sender:
         self, transfer_id: bytes, transfer: _Transfer, way: _Way, push: Push, sends: set[asyncio.Task[None]]
     ) -> None:
         limit = max(1, self._chunk_bytes // self._memory.nbytes(1, way.source))
-        everything = np.array(push.blocks, dtype=np.int64)
-        for start in range(0, len(everything), limit):
-            blocks = everything[start : start + limit]
+        for start in range(0, len(push.blocks), limit):
+            blocks = transfer.block_ids(push.blocks[start : start + limit])
             place = Header(
                 Kind.DATA,
                 transfer_id,
@@ -323,7 +329,7 @@ class Sender:
     async def _prepare(
         self, header: Header, blocks: BlockIds, heads: Heads, codec_name: str, staging: Payload | None = None
     ) -> _Message:
-        """A message, ready to go; borrows nothing if it fails. `staging`: lent by the caller; None: it may borrow some."""
+        """A message, ready to go; borrows nothing if it fails. `staging`: lent by the caller; None: to be borrowed."""
         number = 0
         try:
             codec = make_codec(codec_name, self._memory.geometry)

@@ -7,7 +7,7 @@ import asyncio
 import numpy as np
 
 from tokenmesh.kv.codecs import NAMES
-from tokenmesh.kv.memory import Heads
+from tokenmesh.kv.memory import BlockIds, Heads
 from tokenmesh.kv.stopwatch import Stopwatch
 from tokenmesh.kv.ucx import UcxEndpoint
 
@@ -31,6 +31,13 @@ class Ticket:
         self.error = ""
         self.wire = Stopwatch()
         self.transport = ""
+        self._part = (0, 0, self.blocks[:0])
+
+    def part(self, first: int, count: int) -> BlockIds:
+        """Ids of `count` blocks from the `first`-th on; the same array while the same are asked for."""
+        if self._part[:2] != (first, count):
+            self._part = first, count, self.blocks[first : first + count]
+        return self._part[2]
 
     @property
     def complete(self) -> bool:

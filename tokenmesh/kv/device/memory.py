@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 import xxhash
 
 from tokenmesh.kv.device.digest import digest
 from tokenmesh.kv.device.ipc import map_share
 from tokenmesh.kv.geometry import BlockGeometry, LayerSpan
-from tokenmesh.kv.memory import BlockIds, Cells, Heads
+from tokenmesh.kv.memory import BlockIds, Cells, Heads, Run
 from tokenmesh.kv.shares import DeviceShare
 
 _DIGESTS = 64
@@ -50,7 +48,8 @@ class DeviceKvMemory:
             # As words of 8 bytes, which torch copies faster than single ones. [cells, words]
             cells = data[span.offset : span.offset + count * size].view(torch.int64)
             self._layers.append(cells.view(count, -1))
-        self._ids = lru_cache(maxsize=64)(self._ids_on_device)
+        self._last: tuple[Run | None, torch.Tensor] = (None, torch.zeros(0))
+        """The numbers of cells last sent to the device."""
         self._sums = torch.zeros(_DIGESTS, 1, dtype=torch.int64, device=self._device)
         self._answers = torch.zeros(_DIGESTS, dtype=torch.int64, pin_memory=data.is_cuda)
         self._slots: asyncio.Queue[int] = asyncio.Queue()
@@ -72,19 +71,16 @@ class DeviceKvMemory:
 
     def view(self, layer: int, blocks: BlockIds, heads: Heads) -> torch.Tensor | None:
         """See `KvMemory`."""
-        run = self._cells.run(layer, blocks, heads)
-        return None if run is None else self._layers[layer][run].view(-1).view(torch.uint8)
-
-    def _ids_on_device(self, layer_stride: int, blocks: bytes, heads: Heads) -> torch.Tensor:
-        ids = self._cells.of(layer_stride, np.frombuffer(blocks, dtype=np.int64), heads)
-        return torch.from_numpy(ids).to(self._device)
+        run = self._cells.of(layer, blocks, heads)
+        return self._layers[layer][run.span].view(-1).view(torch.uint8) if run.adjacent else None
 
     def _places(self, layer: int, blocks: BlockIds, heads: Heads) -> torch.Tensor:
-        """Cells of blocks, int64 [cells] on the device; the same for all layers that lie alike. Raises IndexError."""
-        stride = self._cells.strides[layer]
-        if not 0 < self._cells.stop(stride, blocks, heads) <= len(self._layers[layer]):
-            raise IndexError(f"no such block in layer {layer}")
-        return self._ids(stride, np.ascontiguousarray(blocks, dtype=np.int64).tobytes(), heads)
+        """Numbers of cells, int64 [cells] on the device. Raises IndexError."""
+        run = self._cells.of(layer, blocks, heads)
+        run.check(len(self._layers[layer]), layer)
+        if self._last[0] is not run:
+            self._last = run, torch.from_numpy(run.ids).to(self._device)
+        return self._last[1]
 
     def gather(self, layer: int, blocks: BlockIds, heads: Heads, out: torch.Tensor) -> torch.Tensor:
         """See `KvMemory`."""
