@@ -58,8 +58,8 @@ class KvTransferConfig(_Section):
     """Port of the UCX listener of replica 0's shard 0; the next shard listens on the next port, and after the last
     shard the next replica begins. 0 picks free ones."""
     chunk_bytes: Annotated[int, Field(ge=64 << 10, le=256 << 20)] | None = None
-    """Largest UCX message. Scattered blocks are gathered up to this size. Absent: 8 MiB, or 64 MiB between GPUs, where
-    a message costs more to begin than to move; a mover takes 2 x ``window`` of them."""
+    """Largest UCX message. Scattered blocks are gathered up to this size. Absent: 8 MiB, or 128 MiB between GPUs,
+    where a message costs more to begin than to move. A mover holds 2 x ``window`` of them."""
     window: Annotated[int, Field(ge=1, le=16)] = 4
     """Messages in flight per pair."""
     timeout_s: Annotated[float, Field(gt=0)] = 60.0
@@ -71,7 +71,7 @@ class KvTransferConfig(_Section):
 
     def chunk(self, device: bool) -> int:
         """Largest UCX message in bytes. `device`: KV lies on a GPU."""
-        return self.chunk_bytes or (64 << 20 if device else 8 << 20)
+        return self.chunk_bytes or (128 << 20 if device else 8 << 20)
 
 
 class EngineConfig(_Section):

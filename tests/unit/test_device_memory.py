@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.unit.memory_wire import MemoryWorker, OwningEnd, SendingEnd
 from tokenmesh.kv.codecs import make_codec
 from tokenmesh.kv.device.digest import digest, reference
-from tokenmesh.kv.device.memory import DeviceKvMemory
+from tokenmesh.kv.device.memory import DeviceKvMemory, _Launched
 from tokenmesh.kv.geometry import HND, BlockGeometry, GeometryMismatchError, LayerSpan
 from tokenmesh.kv.memory import Heads, KvMemory
 from tokenmesh.kv.messages import Commit, Destination, Push
@@ -183,3 +183,41 @@ def test_codecs_of_devices_round_as_those_of_hosts() -> None:
     for name in ("lossless", "zip"):
         with pytest.raises(GeometryMismatchError, match=name):
             make_codec(name, GEOMETRY)
+
+
+async def test_the_device_is_waited_for_in_its_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = 0
+
+    class Event:
+        """One of a device that has done `done` things."""
+
+        made = 0
+
+        def record(self) -> None:
+            Event.made += 1
+            self._number = Event.made
+
+        def query(self) -> bool:
+            return self._number <= done
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    launched, order = _Launched(), list[int]()
+
+    async def wait(number: int) -> None:
+        await launched.done()
+        order.append(number)
+
+    # (1) Four wait; one gives up; nothing is done yet.
+    tasks = [asyncio.create_task(wait(number)) for number in range(4)]
+    await asyncio.sleep(0.01)
+    assert order == []
+    tasks[1].cancel()
+    # (2) They go on as the device does, and who comes later does not wait for who has gone.
+    done = 3
+    await asyncio.sleep(0.01)
+    assert order == [0, 2]
+    done = 4
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert order == [0, 2, 3]
+    done = 5
+    await launched.done()

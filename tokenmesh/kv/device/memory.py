@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -52,6 +53,7 @@ class DeviceKvMemory:
         """The numbers of cells last sent to the device."""
         self._sums = torch.zeros(_DIGESTS, 1, dtype=torch.int64, device=self._device)
         self._answers = torch.zeros(_DIGESTS, dtype=torch.int64, pin_memory=data.is_cuda)
+        self._launched = _Launched()
         self._slots: asyncio.Queue[int] = asyncio.Queue()
         for slot in range(_DIGESTS):
             self._slots.put_nowait(slot)
@@ -108,15 +110,41 @@ class DeviceKvMemory:
             self._slots.put_nowait(slot)
 
     async def landed(self) -> None:
-        """See `KvMemory`."""
-        if self._device.type != "cuda":
-            return
-        done: Any = torch.cuda.Event()
-        done.record()
-        while not done.query():  # noqa: ASYNC110 - nobody sets an event of ours when the device is done
-            await asyncio.sleep(0)
+        """See `BlockMemory`."""
+        if self._device.type == "cuda":
+            await self._launched.done()
 
     def quiesce(self) -> None:
         """See `KvMemory`. A copy that UCX has given to the device goes on when its request is cancelled."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+
+
+class _Launched:
+    """Tells coroutines when the device has done what was launched before they asked.
+
+    One looks for all, at the oldest alone, since the stream ends in order: were each to poll, every step of every
+    message would wait for all of them to have looked.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: deque[tuple[Any, asyncio.Future[None]]] = deque()
+
+    def done(self) -> asyncio.Future[None]:
+        """Of what is on the current stream now."""
+        loop = asyncio.get_running_loop()
+        event: Any = torch.cuda.Event()
+        event.record()
+        future: asyncio.Future[None] = loop.create_future()
+        if not self._waiting:
+            loop.call_soon(self._look, loop)
+        self._waiting.append((event, future))
+        return future
+
+    def _look(self, loop: asyncio.AbstractEventLoop) -> None:
+        while self._waiting and self._waiting[0][0].query():
+            _, future = self._waiting.popleft()
+            if not future.done():
+                future.set_result(None)
+        if self._waiting:
+            loop.call_soon(self._look, loop)
