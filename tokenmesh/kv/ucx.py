@@ -28,8 +28,7 @@ from tokenmesh.kv.memory import Payload
 log = structlog.get_logger()
 
 SPIN_S = 0.0005
-"""How long to poll on after the last progress while bulk requests are open, or have just been: what follows a payload,
-the next header or a receipt, is on its way, and to be woken for it costs as much again as to move a megabyte."""
+"""How long to poll on after the last progress while bulk requests are open."""
 
 _HELLO_BYTES = 8
 
@@ -88,7 +87,6 @@ class UcxWorker:
         self._open: dict[Any, tuple[asyncio.Future[None], Payload, bool]] = {}
         self._bulk = 0
         self._last_progress = 0.0
-        self._spin_until = 0.0
         self._scheduled = False
         self._listeners: list[Any] = []
         self._accepting: set[asyncio.Task[None]] = set()
@@ -106,10 +104,7 @@ class UcxWorker:
         """One round: progress, completions, and then either another round or sleep until UCX has an event."""
         self._scheduled = False
         moved = self.progress()
-        now = time.monotonic()
-        if (self._bulk and now - self._last_progress < SPIN_S) or (moved and now < self._spin_until):
-            self._spin_until = now + SPIN_S
-        spinning = now < self._spin_until
+        spinning = self._bulk and time.monotonic() - self._last_progress < SPIN_S
         if spinning and not moved:
             # Somebody may be computing on this very core, the prompt whose KV this is for one.
             os.sched_yield()
