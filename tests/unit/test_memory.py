@@ -77,3 +77,15 @@ def test_a_block_that_is_not_there_is_an_error(block: int) -> None:
     out = np.zeros(SIZE, dtype=np.uint8)
     with pytest.raises(IndexError):
         memory.gather(0, np.array([block]), memory.all_heads, out)
+
+
+def test_blocks_that_were_looked_up_are_found_again_for_other_heads_and_layers() -> None:
+    memory, whole = cache(False)
+    out = np.zeros(2 * SIZE, dtype=np.uint8)
+    # (1) The same array, again and again; and more arrays than are remembered, of which some take others' place.
+    for number in range(300):
+        blocks = np.array([number % BLOCKS, (number * 7 + 1) % BLOCKS])
+        for layer in range(LAYERS):
+            for heads in (Heads(0, HEADS), Heads(1, 2), Heads(0, HEADS)):
+                want = whole[layer, blocks, heads.first : heads.first + heads.count].reshape(-1)
+                assert (memory.gather(layer, blocks, heads, out) == want).all()

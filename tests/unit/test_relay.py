@@ -13,7 +13,7 @@ import pytest
 
 from tests.unit.test_mover import LAYERS, SIZE, LocalMover
 from tokenmesh.kv.messages import Commit, Destination, Expect, OpenSend, Push, Relay, SendDone, Settle, Settled
-from tokenmesh.kv.sender import Peer
+from tokenmesh.kv.peer import Peer
 from tokenmesh.kv.wire import Header, Kind
 
 pytestmark = pytest.mark.timeout(120)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, TypeAlias
@@ -17,6 +18,7 @@ from tokenmesh.kv.shares import HostShare
 
 Buffer = npt.NDArray[np.uint8]
 BlockIds = npt.NDArray[np.int64]
+_KNOWN_RUNS = 64
 Payload: TypeAlias = Any
 """Flat bytes, [n]: of numpy in host memory, of torch on a device. Both know len(), slices, and UCX both."""
 
@@ -61,17 +63,22 @@ class Cells:
         assert all(span.stride % self.nbytes == 0 for span in spans)
         self.strides = [span.stride // self.nbytes for span in spans]
         """Per layer, cells from one block to the next."""
-        self._last: tuple[BlockIds | None, int, Heads | None, Run] = (None, 0, None, Run(np.zeros(0, dtype=np.int64)))
+        self._known: OrderedDict[tuple[int, int, Heads], tuple[BlockIds, Run]] = OrderedDict()
 
     def of(self, layer: int, blocks: BlockIds, heads: Heads) -> Run:
-        """The cells of these blocks' heads in a layer. Looked up once for layers that lie alike: do not change it."""
+        """The cells of these blocks' heads in a layer. An array that was here before is not looked at again."""
         stride = self.strides[layer]
-        if self._last[0] is not blocks or self._last[1:3] != (stride, heads):
+        key = id(blocks), stride, heads
+        known = self._known.get(key)
+        if known is None:
             ids = blocks * stride
             if self._per_block > 1:
                 ids = (ids[:, None] + np.arange(heads.first, heads.first + heads.count)).reshape(-1)
-            self._last = blocks, stride, heads, Run(ids)
-        return self._last[3]
+            # With the array, or another might be given its id.
+            known = self._known[key] = blocks, Run(ids)
+            if len(self._known) > _KNOWN_RUNS:
+                self._known.popitem(last=False)
+        return known[1]
 
 
 class BlockMemory(Protocol):

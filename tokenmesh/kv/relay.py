@@ -13,7 +13,7 @@ import structlog
 
 from tokenmesh.kv.memory import Payload
 from tokenmesh.kv.messages import Relay
-from tokenmesh.kv.sender import Peer, SendError
+from tokenmesh.kv.peer import Peer, SendError
 from tokenmesh.kv.wire import Header
 
 log = structlog.get_logger()

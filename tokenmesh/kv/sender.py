@@ -15,84 +15,15 @@ from tokenmesh.kv import wire
 from tokenmesh.kv.codecs import NAMES, NONE, Codec, make_codec
 from tokenmesh.kv.memory import BlockIds, BlockMemory, Heads, Payload
 from tokenmesh.kv.messages import Commit, Connected, Destination, Push, SendDone
+from tokenmesh.kv.peer import Peer, SendError
 from tokenmesh.kv.stopwatch import Stopwatch
-from tokenmesh.kv.ucx import UcxEndpoint, UcxError, UcxWorker
-from tokenmesh.kv.wire import HEADER_BYTES, HEADER_CHANNEL, PAYLOAD_CHANNEL, PROBE_ID, Header, Kind, WireError
+from tokenmesh.kv.ucx import UcxError, UcxWorker
+from tokenmesh.kv.wire import PROBE_ID, Header, Kind
 
 log = structlog.get_logger()
 
 PROBE_BYTES = 4 << 20
 """Size of the message that measures a new pair."""
-
-
-class SendError(Exception):
-    """A transfer cannot be completed; the message says why in one line."""
-
-
-class Peer:
-    """One connected owner. Sends in order, at most `window` payloads in flight; routes receipts to transfers."""
-
-    def __init__(self, endpoint: UcxEndpoint, window: int) -> None:
-        self.transport = endpoint.transport
-        self._endpoint = endpoint
-        self._window = asyncio.Semaphore(window)
-        self._receipts: dict[tuple[bytes, int], asyncio.Future[Header]] = {}
-        """By transfer and first head: shards of a relayed sender may each commit theirs."""
-        self._reader = asyncio.create_task(self._read_receipts())
-        self.failure: Exception | None = None
-        self.goodput = 0.0
-        """Measured at connection, bytes per second."""
-
-    async def send(self, header: Header, payload: Payload | None = None) -> None:
-        """Sends one message; returns, or raises SendError, once UCX no longer reads the payload.
-
-        Header and payload are submitted back to back, so that messages of several transfers never mix.
-        """
-        if self.failure is not None:
-            raise self.failure
-        async with self._window:
-            parts = [self._endpoint.send(header.to_buffer(), HEADER_CHANNEL)]
-            if payload is not None:
-                parts.append(self._endpoint.send(payload, PAYLOAD_CHANNEL, bulk=True))
-            await asyncio.wait(parts)
-        for error in [part.exception() for part in parts]:
-            if error is not None:
-                raise SendError(f"lost the KV owner: {error}")
-
-    async def commit(self, header: Header) -> bool:
-        """Sends COMMIT and waits for the owner's answer: whether it has everything. Raises SendError."""
-        key = (header.transfer_id, header.head)
-        future = self._receipts.setdefault(key, asyncio.get_running_loop().create_future())
-        try:
-            await self.send(header)
-            return (await future).first == 1
-        finally:
-            if self._receipts.pop(key, None) is not None and future.done() and not future.cancelled():
-                # Taken note of, should the send have failed before anybody waited.
-                future.exception()
-
-    async def _read_receipts(self) -> None:
-        buffer = np.empty(HEADER_BYTES, dtype=np.uint8)
-        try:
-            while True:
-                buffer[:] = 0
-                await self._endpoint.recv(buffer, HEADER_CHANNEL)
-                header = Header.from_buffer(buffer)
-                future = self._receipts.get((header.transfer_id, header.head))
-                if header.kind is Kind.RECEIPT and future is not None and not future.done():
-                    future.set_result(header)
-        except (UcxError, WireError) as error:
-            self.failure = SendError(f"lost the KV owner: {error}")
-            for future in self._receipts.values():
-                if not future.done():
-                    future.set_exception(self.failure)
-
-    async def close(self) -> None:
-        """Closes the endpoint; transfers still using it fail."""
-        self.failure = self.failure or SendError("lost the KV owner: closed")
-        self._reader.cancel()
-        await asyncio.gather(self._reader, return_exceptions=True)
-        self._endpoint.close()
 
 
 @dataclass
@@ -118,13 +49,15 @@ class _Transfer:
     wire: Stopwatch = field(default_factory=Stopwatch)
     committed: float = 0.0
     transport: str = ""
-    last: tuple[list[int], BlockIds] = field(default_factory=lambda: ([], np.zeros(0, dtype=np.int64)))
+    known: dict[int, tuple[list[int], BlockIds]] = field(default_factory=dict)
 
-    def block_ids(self, blocks: list[int]) -> BlockIds:
-        """As an array. Layer after layer has the same blocks, and who sees the same array need not look at it again."""
-        if blocks != self.last[0]:
-            self.last = blocks, np.array(blocks, dtype=np.int64)
-        return self.last[1]
+    def block_ids(self, place: int, blocks: list[int]) -> BlockIds:
+        """As an array. Layer after layer has the same blocks at a place, and whoever sees the same array again need not
+        look at it."""
+        known = self.known.get(place)
+        if known is None or known[0] != blocks:
+            known = self.known[place] = blocks, np.array(blocks, dtype=np.int64)
+        return known[1]
 
 
 @dataclass
@@ -298,7 +231,7 @@ class Sender:
     ) -> None:
         limit = max(1, self._chunk_bytes // self._memory.nbytes(1, way.source))
         for start in range(0, len(push.blocks), limit):
-            blocks = transfer.block_ids(push.blocks[start : start + limit])
+            blocks = transfer.block_ids(push.first + start, push.blocks[start : start + limit])
             place = Header(
                 Kind.DATA,
                 transfer_id,

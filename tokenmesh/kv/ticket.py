@@ -31,13 +31,14 @@ class Ticket:
         self.error = ""
         self.wire = Stopwatch()
         self.transport = ""
-        self._part = (0, 0, self.blocks[:0])
+        self._parts: dict[tuple[int, int], BlockIds] = {}
 
     def part(self, first: int, count: int) -> BlockIds:
-        """Ids of `count` blocks from the `first`-th on; the same array while the same are asked for."""
-        if self._part[:2] != (first, count):
-            self._part = first, count, self.blocks[first : first + count]
-        return self._part[2]
+        """Ids of `count` blocks from the `first`-th on; the same array each time that the same are asked for."""
+        known = self._parts.get((first, count))
+        if known is None:
+            known = self._parts[first, count] = self.blocks[first : first + count]
+        return known
 
     @property
     def complete(self) -> bool:

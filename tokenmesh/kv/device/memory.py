@@ -6,6 +6,7 @@ import asyncio
 from collections import deque
 from collections.abc import Sequence
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 import xxhash
@@ -49,8 +50,8 @@ class DeviceKvMemory:
             # As words of 8 bytes, which torch copies faster than single ones. [cells, words]
             cells = data[span.offset : span.offset + count * size].view(torch.int64)
             self._layers.append(cells.view(count, -1))
-        self._last: tuple[Run | None, torch.Tensor] = (None, torch.zeros(0))
-        """The numbers of cells last sent to the device."""
+        self._known: WeakKeyDictionary[Run, torch.Tensor] = WeakKeyDictionary()
+        """Numbers of cells, on the device: to send them there takes waiting for it."""
         self._sums = torch.zeros(_DIGESTS, 1, dtype=torch.int64, device=self._device)
         self._answers = torch.zeros(_DIGESTS, dtype=torch.int64, pin_memory=data.is_cuda)
         self._launched = _Launched()
@@ -80,9 +81,10 @@ class DeviceKvMemory:
         """Numbers of cells, int64 [cells] on the device. Raises IndexError."""
         run = self._cells.of(layer, blocks, heads)
         run.check(len(self._layers[layer]), layer)
-        if self._last[0] is not run:
-            self._last = run, torch.from_numpy(run.ids).to(self._device)
-        return self._last[1]
+        places = self._known.get(run)
+        if places is None:
+            places = self._known[run] = torch.from_numpy(run.ids).to(self._device)
+        return places
 
     def gather(self, layer: int, blocks: BlockIds, heads: Heads, out: torch.Tensor) -> torch.Tensor:
         """See `KvMemory`."""
