@@ -104,7 +104,7 @@ async def prefill_path(config: MeshConfig, place: Place) -> AsyncIterator[Prefil
         layout = Layout("owner", geometry.layers, geometry.block_bytes, range(blocks), range(blocks))
         transfer = config.prefill_service.kv_transfer
         chunk = transfer.chunk(device=place.device is not None)
-        owner = MoverProcess("owner", layout, blocks, transfer.transport, place, geometry, chunk)
+        owner = MoverProcess(layout, blocks, transfer.transport, place, geometry, chunk)
         await owner.start()
         stack.push_async_callback(owner.stop)
         channel = await stack.enter_async_context(grpc.aio.insecure_channel(f"127.0.0.1:{port}"))

@@ -79,7 +79,6 @@ class MoverProcess:
 
     def __init__(
         self,
-        name: str,
         layout: Layout,
         blocks: int,
         transport: str,
@@ -92,7 +91,6 @@ class MoverProcess:
         self.hub = LinkHub(self.messages.put_nowait)
         self.address: tuple[str, int] = ("", 0)
         self._folder = Path(tempfile.mkdtemp(prefix="tokenmesh-bench-"))
-        self._name = name
         self._place = place
         size = layout.block_bytes
         self.blocks = make_blocks(place, layout.layers, blocks, size)
@@ -224,10 +222,7 @@ async def mover_pair(
 ) -> AsyncIterator[MoverPair]:
     """Two movers for the length of the block, connected, with memory for a layout full of random bytes."""
     blocks = 1 + max(*layout.source, *layout.target)
-    sender, owner = (
-        MoverProcess(name, layout, blocks, transport, place, chunk_bytes=chunk_bytes)
-        for name, place in zip(("sender", "owner"), places, strict=True)
-    )
+    sender, owner = (MoverProcess(layout, blocks, transport, place, chunk_bytes=chunk_bytes) for place in places)
     sender.blocks.fill(1)
     await asyncio.gather(sender.start(), owner.start())
     try:
