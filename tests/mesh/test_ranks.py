@@ -185,6 +185,8 @@ async def test_a_killed_rank_costs_time_and_no_token(group: Group, spans: Receiv
     while (await asyncio.to_thread(mesh.status, mesh.root_address)).ranks[2].sequences < 2:
         assert not wave.done()
         await asyncio.sleep(0.05)
+    # On a machine that prefills slowly, some of the first three are done by now.
+    running = [not answer.done() for answer in asked]
     os.kill(victim.pid, signal.SIGKILL)
     killed = time.monotonic()
 
@@ -209,19 +211,26 @@ async def test_a_killed_rank_costs_time_and_no_token(group: Group, spans: Receiv
     through_gateway = [spans.trace(trace_id) for trace_id, _ in clients]
     (hit,) = [trace for trace in through_gateway if 2 in received_on(trace)]
     assert {("gateway", "decode-root"), ("decode-root", "prefill"), ("decode-root", "decode-worker")} == hit.edges()
-    for trace in through_gateway:
+    met = []
+    for trace, ran in zip(through_gateway, running, strict=True):
         assert trace.orphans({CLIENT}) == []
         assert not any(span.error for span in trace.spans), [span for span in trace.spans if span.error]
-        decode = trace.one(names.DECODE)
-        lost = decode.details[decode.events.index(names.RANK_LOST)]
-        assert lost[names.RANK] == 2
-        assert lost[names.LOSS_REASON]
+        if ran:
+            met.append(trace.one(names.DECODE))
+            assert names.RANK_LOST in met[-1].events
     ids = {span.trace_id for span in spans.all()[seen:] if span.name == names.DECODE}
     ids -= {trace_id for trace_id, _ in clients}
     traces = [spans.trace(trace_id) for trace_id in ids]
     decodes = [span for trace in traces for span in trace.named(names.DECODE)]
     assert len(decodes) == len(group.wave)
     assert not any(span.error for span in decodes)
+    # Those that lived through it say which rank it was, and why it went.
+    met += [span for span in decodes if names.RANK_LOST in span.events]
+    assert met
+    for span in met:
+        lost = span.details[span.events.index(names.RANK_LOST)]
+        assert lost[names.RANK] == 2
+        assert lost[names.LOSS_REASON]
     assert [name for trace in traces for name in trace.orphans(set())] == []
 
     # (4) Nothing is left, on the prefill service neither.
