@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import strategies as st
 
 from tests.unit.memory_wire import MemoryWorker, OwningEnd, SendingEnd
+from tests.unit.test_memory import BLOCKS, HEADS, LAYERS, places
 from tokenmesh.kv.codecs import make_codec
 from tokenmesh.kv.device.digest import digest, reference
 from tokenmesh.kv.device.memory import DeviceKvMemory, _Launched
@@ -20,7 +20,7 @@ from tokenmesh.kv.memory import Heads, KvMemory
 from tokenmesh.kv.messages import Commit, Destination, Push
 from tokenmesh.kv.wire import Header, Kind
 
-LAYERS, BLOCKS, HEADS, TOKENS, HEAD = 3, 10, 4, 4, 8
+TOKENS, HEAD = 4, 8
 HEAD_BYTES = TOKENS * 2 * HEAD * 2
 SIZE = HEADS * HEAD_BYTES
 GEOMETRY = BlockGeometry(LAYERS, HEADS, HEAD, TOKENS, "bfloat16", SIZE, HND)
@@ -38,14 +38,6 @@ def spans(interleaved: bool) -> list[LayerSpan]:
 
 def noise(seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, LAYERS * BLOCKS * SIZE, dtype=np.uint8)
-
-
-places = st.tuples(
-    st.booleans(),
-    st.integers(0, LAYERS - 1),
-    st.lists(st.integers(0, BLOCKS - 1), min_size=1, max_size=BLOCKS, unique=True),
-    st.integers(0, HEADS - 1).flatmap(lambda first: st.tuples(st.just(first), st.integers(1, HEADS - first))),
-)
 
 
 @given(places)
