@@ -82,7 +82,9 @@ class EngineConfig(_Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
     tensor_parallel_size: Annotated[int, Field(ge=1)] = 1
     max_model_len: Annotated[int, Field(ge=1)] | None = None
-    max_num_seqs: Annotated[int, Field(ge=1)] = 64
+    max_num_seqs: Annotated[int, Field(ge=1)] | None = None
+    """Sequences of one step. Absent: 64, or 1 for a prefill service on CPUs: prompts that share a step there take as
+    long as one after the other, and the first of them waits for the last."""
     max_num_batched_tokens: Annotated[int, Field(ge=1)] | None = None
     """Tokens of one step. Absent: 256 on CPUs, vLLM's own choice on GPUs."""
     block_size: Annotated[int, Field(ge=1)] | None = None

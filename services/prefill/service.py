@@ -288,6 +288,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         live.enter(RequestState.RUNNING)
         # Until it is known when vLLM began, all of it counts as the queue.
         with start(span_names.QUEUE) as waiting:
+            self.engine.rouse()
             outputs = self.engine.llm.generate(prompt, params, live.request_id, priority=request.priority)
             (output,) = [output async for output in outputs]
             stats = output.metrics

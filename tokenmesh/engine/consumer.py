@@ -18,7 +18,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from tokenmesh.engine.counts import CountsReporter
 from tokenmesh.engine.device_order import InDeviceOrder
 from tokenmesh.engine.group import active
-from tokenmesh.engine.settings import IDLE_WAIT_S, ConnectorSettings, FetchFrom
+from tokenmesh.engine.idle import IdleLink
+from tokenmesh.engine.settings import ConnectorSettings, FetchFrom
 from tokenmesh.engine.shared_kv import SharedKv, geometry_of
 from tokenmesh.kv.hub import EngineLink
 from tokenmesh.kv.messages import AttachRank, DetachRank, DropKv, KvArrived, RankDetached, ToScheduler, WantKv
@@ -152,7 +153,7 @@ class ConsumerWorker:
         self._link = EngineLink(settings.hub, f"worker-{self._shard}")
         self._kv: SharedKv | None = None
         self._order: InDeviceOrder | None = None
-        self._wait = 0.0
+        self._news = IdleLink(self._link)
 
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Shares the cache and starts the mover, if anything is ever to be moved."""
@@ -168,7 +169,7 @@ class ConsumerWorker:
     def begin_step(self, plan: Any) -> None:
         """Notes whether there is anything to compute."""
         assert isinstance(plan, ConsumerPlan)
-        self._wait = IDLE_WAIT_S if plan.idle else 0.0
+        self._news.begin_step(plan.idle)
         if self._order is not None:
             for want in plan.wanted:
                 self._order.send(want)
@@ -186,7 +187,7 @@ class ConsumerWorker:
     def results(self) -> KVConnectorTransferResults:
         """Requests whose KV is in place or lost. The service sends each exactly once; vLLM dies of repeats."""
         results = KVConnectorTransferResults()
-        for message in self._link.poll(self._wait):
+        for message in self._news.poll():
             if isinstance(message, KvArrived):
                 results.finished_recving.add(message.request_id)
                 if not message.ok:

@@ -14,7 +14,7 @@ from tokenmesh.config import ConfigError, DecodeConfig, EngineConfig, MeshConfig
 from tokenmesh.engine.settings import ConnectorSettings
 from tokenmesh.gpus import check_device_transfer
 from tokenmesh.kv.hub import LinkHub
-from tokenmesh.kv.messages import EngineCounts, MoverReady, ToService
+from tokenmesh.kv.messages import EngineCounts, MoverReady, Roused, ToService
 from tokenmesh.parallel.partition import local_blocks, split_blocks
 
 if TYPE_CHECKING:
@@ -28,6 +28,9 @@ GIB = 1 << 30
 
 CPU_STEP_TOKENS = 256
 """Tokens of a step on CPUs. An abort takes effect between steps, and there 512 tokens can take a second."""
+STEP_SEQS = 64
+CPU_PREFILL_SEQS = 1
+"""Sequences of a step."""
 
 
 def engine_args(mesh: MeshConfig, section: EngineConfig, model_path: str, **extra: Any) -> AsyncEngineArgs:
@@ -35,13 +38,17 @@ def engine_args(mesh: MeshConfig, section: EngineConfig, model_path: str, **extr
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
 
+    cpu = current_platform.is_cpu()
+    max_num_seqs = section.max_num_seqs or (
+        CPU_PREFILL_SEQS if cpu and isinstance(section, PrefillConfig) else STEP_SEQS
+    )
     values: dict[str, Any] = {
         "model": model_path,
         "served_model_name": [mesh.model_name],
         "dtype": section.dtype or mesh.dtype,
         "max_model_len": section.max_model_len or mesh.max_model_len,
         "tensor_parallel_size": section.tensor_parallel_size,
-        "max_num_seqs": section.max_num_seqs,
+        "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": section.max_num_batched_tokens,
         "block_size": section.block_size,
         "enable_prefix_caching": section.enable_prefix_caching,
@@ -51,10 +58,10 @@ def engine_args(mesh: MeshConfig, section: EngineConfig, model_path: str, **extr
         "gpu_memory_utilization": section.gpu_memory_utilization,
         "enable_log_requests": False,
     }
-    if current_platform.is_cpu():
+    if cpu:
         values["kv_cache_memory_bytes"] = section.kv_cache_memory_bytes or GIB
         values.pop("gpu_memory_utilization")
-        values["max_num_batched_tokens"] = section.max_num_batched_tokens or max(CPU_STEP_TOKENS, section.max_num_seqs)
+        values["max_num_batched_tokens"] = section.max_num_batched_tokens or max(CPU_STEP_TOKENS, max_num_seqs)
     values.update(section.engine_args)
     values.update(extra)
     return AsyncEngineArgs(**{k: v for k, v in values.items() if v is not None})
@@ -94,6 +101,11 @@ class EngineHost:
             self.counts = message
             return True
         return False
+
+    def rouse(self) -> None:
+        """To be called before a request is submitted: it would wait for the end of an idle step otherwise."""
+        for shard in range(self.shards):
+            self.hub.send(f"worker-{shard}", Roused())
 
     async def movers_ready(self, timeout: float) -> None:
         """Waits until every shard's mover listens, if there are movers. Raises TimeoutError."""

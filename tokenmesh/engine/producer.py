@@ -12,7 +12,8 @@ import msgspec
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata, KVConnectorTransferResults
 
 from tokenmesh.engine.counts import CountsReporter
-from tokenmesh.engine.settings import IDLE_WAIT_S, ConnectorSettings, SendTo
+from tokenmesh.engine.idle import IdleLink
+from tokenmesh.engine.settings import ConnectorSettings, SendTo
 from tokenmesh.engine.shared_kv import SharedKv, geometry_of
 from tokenmesh.kv.hub import EngineLink
 from tokenmesh.kv.messages import CancelSend, Commit, Destination, KvSent, OpenSend, Push
@@ -170,8 +171,8 @@ class ProducerWorker:
         self._shard = get_tensor_model_parallel_rank()
         self._link = EngineLink(settings.hub, f"worker-{self._shard}")
         self._kv: SharedKv | None = None
+        self._news = IdleLink(self._link)
         self._plan = ProducerPlan()
-        self._idle = False
         self._open: set[bytes] = set()
         self._sent: set[bytes] = set()
         self._released: dict[bytes, str] = {}
@@ -190,7 +191,7 @@ class ProducerWorker:
         """Opens new transfers and sends what is in the cache already."""
         assert isinstance(plan, ProducerPlan)
         self._plan = plan
-        self._idle = plan.idle
+        self._news.begin_step(plan.idle)
         for transfer_id in plan.cancelled:
             self.kv.command(CancelSend(transfer_id))
         for transfer_id, req_id in plan.released:
@@ -221,7 +222,7 @@ class ProducerWorker:
 
     def results(self) -> KVConnectorTransferResults:
         """Requests whose blocks the mover has let go of; each is reported once, and only after its release."""
-        for message in self._link.poll(IDLE_WAIT_S if self._idle else 0.0):
+        for message in self._news.poll():
             if isinstance(message, KvSent) and message.transfer_id in self._open:
                 self._sent.add(message.transfer_id)
         ready = self._sent & self._released.keys()

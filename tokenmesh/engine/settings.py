@@ -13,14 +13,6 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 
-IDLE_WAIT_S = 0.005
-"""How long a worker half sleeps in a step that computes nothing.
-
-vLLM steps about once a millisecond while a transfer is pending, even if there is nothing to compute; on hosts with few
-cores that takes time from those who compute. A message ends the sleep at once; a new request waits for its end.
-"""
-
-
 class ConnectorSettings(msgspec.Struct, frozen=True):
     """Plain values, since they cross process boundaries inside VllmConfig."""
 

@@ -319,13 +319,17 @@ class KvSent(msgspec.Struct, frozen=True, tag=True, gc=False):
     transfer_id: bytes
 
 
+class Roused(msgspec.Struct, frozen=True, tag=True, gc=False):
+    """A request is about to be submitted: an idle engine must not sleep on."""
+
+
 ToMover = OpenSend | Push | Commit | CancelSend | Connect | Expect | Relay | Sync | Settle
 FromMover = MoverReady | Connected | SendDone | Synced | Settled
 FromEngine = WantKv | DropKv | EngineCounts | RankDetached | StepTimes
 FromShard = ShardUp | ShardOpen | ShardState | ShardZeroed | ShardClosed
 ToService = FromMover | FromEngine | FromShard
 ToScheduler = AttachRank | DetachRank
-ToWorker = KvArrived | KvSent
+ToWorker = KvArrived | KvSent | Roused
 ToShard = OpenShard | CloseShard | ZeroShard
 ToEngine = ToScheduler | ToWorker | ToShard
 

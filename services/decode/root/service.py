@@ -98,6 +98,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
                 if prompt is not None:
                     prompt.on_wait = lambda: _waits(live, spans)
                 first = True
+                engine.rouse()
                 async for output in engine.llm.generate(tokens, params, request.request_id, priority=request.priority):
                     response = _response(output)
                     if first or output.finished:
