@@ -24,6 +24,7 @@ from benchmarks.load import LoadError
 from benchmarks.movers import WINDOW, KvMoverError, Layout, mover_pair, scattered
 from benchmarks.nixl import NixlError, install, nixl
 from benchmarks.perftest import PerftestError, perftest
+from benchmarks.servers import dtype
 from benchmarks.socket_link import socket_link
 from tokenmesh.cli.mesh import MeshStartError, run_until_signal
 
@@ -227,7 +228,7 @@ def notes(some: Sequence[Race], alone: Costs, load: float) -> list[str]:
         "socket: sendall and recv_into of 8 MB, each transfer acknowledged",
         "sender on core 0, receiver on core 1, the benchmark sleeps meanwhile; a round of warm-up is not counted; order"
         " rotates; 1 MB = 2^20 bytes, GB = 10^9",
-        "exposed: real prefill engine (SmolLM2, bfloat16) on core 0, owner's mover on core 1, prefix cache off;"
+        f"exposed: real prefill engine (SmolLM2, {dtype()}) on core 0, owner's mover on core 1, prefix cache off;"
         " first_request_ratio: one start of a mesh, TTFT of request 1 / request 10, 400 random tokens each",
         f"load average of the machine before the start: {load:.2f}",
     ]

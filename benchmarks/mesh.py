@@ -24,7 +24,7 @@ from typing import Any
 
 from benchmarks.harness import Pair, Panel, Report, commit, median, paired, plot
 from benchmarks.load import LoadError, LoadResult, run_load
-from benchmarks.servers import KV_BYTES, START_TIMEOUT_S, mesh_config, plain_server
+from benchmarks.servers import KV_BYTES, START_TIMEOUT_S, dtype, mesh_config, plain_server
 from tokenmesh.cli.mesh import Mesh, MeshStartError, run_until_signal
 from tokenmesh.cli.serve import ServiceRole
 
@@ -221,7 +221,7 @@ def describe(loads: Sequence[Load], eager: bool, is_small: bool) -> list[str]:
         for load in loads
     ]
     notes += [
-        f"bfloat16, {'eager' if eager else 'compiled'}, max_model_len 4096, {KV_BYTES >> 20} MiB of KV per engine,"
+        f"{dtype()}, {'eager' if eager else 'compiled'}, max_model_len 4096, {KV_BYTES >> 20} MiB of KV per engine,"
         " otherwise defaults, same on both sides; VLLM_CPU_OMP_THREADS_BIND binds the engines' OpenMP threads only",
         "front ends, engine cores, gateway and the client (this process) float over all cores on both sides; the"
         " client's CPU seconds are in the runs",

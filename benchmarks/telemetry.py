@@ -21,7 +21,7 @@ import httpx
 from benchmarks.harness import Pair, Panel, Report, commit, median, paired, plot
 from benchmarks.load import LoadError, LoadResult, run_load
 from benchmarks.mesh import DECODE, MIN_PAIRS, SETTLE_S, SMALL_PAIRS, Load, small
-from benchmarks.servers import START_TIMEOUT_S, mesh_config
+from benchmarks.servers import START_TIMEOUT_S, dtype, mesh_config
 from tokenmesh.cli.mesh import Mesh, MeshStartError, run_until_signal
 from tokenmesh.config import MeshConfig, TelemetryConfig
 
@@ -124,7 +124,7 @@ def main() -> int:
     notes = [
         f"{load.requests} prompts of {load.prompt_tokens} distinct random tokens, {load.concurrency} at a time,"
         f" {load.output_tokens} output tokens each, streamed over REST; computed by the decode root on core 0",
-        f"bfloat16, {'eager' if options.eager else 'compiled'}; both meshes run throughout, one under load at a time",
+        f"{dtype()}, {'eager' if options.eager else 'compiled'}; both meshes run throughout, one under load at a time",
         "on: every request sampled, spans sent to the gateway and kept; off: telemetry.traces off; metrics on both",
         f"one warm-up pair is not counted; {SETTLE_S:g} s of rest before each side; order alternates",
         f"load average of the machine before the start: {os.getloadavg()[0]:.2f}",
