@@ -11,7 +11,7 @@ import random
 import secrets
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -94,8 +94,13 @@ class EngineGroup:
 
 
 @asynccontextmanager
-async def engine_group(config: MeshConfig, folder: Path) -> AsyncIterator[EngineGroup]:
-    """A root and its ranks for the length of the block; workers are processes with logs in `folder`."""
+async def engine_group(
+    config: MeshConfig, folder: Path, worker_env: Mapping[str, str] | None = None
+) -> AsyncIterator[EngineGroup]:
+    """A root and its ranks for the length of the block; workers are processes with logs in `folder`.
+
+    `worker_env`: environment variables that they have besides ours.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "mesh.yaml"
     file.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
@@ -117,7 +122,7 @@ async def engine_group(config: MeshConfig, folder: Path) -> AsyncIterator[Engine
                 group.handle(message)
 
     async with AsyncExitStack() as stack:
-        workers = await _start_workers(config, file, stack)
+        workers = await _start_workers(config, file, stack, worker_env)
         path = await asyncio.to_thread(resolve_model, config.model)
         engine = await stack.enter_async_context(run_engine(config, config.decode_service, path, 0, handle))
         running = EngineGroup(engine, group, workers)
@@ -131,13 +136,15 @@ async def engine_group(config: MeshConfig, folder: Path) -> AsyncIterator[Engine
         yield running
 
 
-async def _start_workers(config: MeshConfig, file: Path, stack: AsyncExitStack) -> list[Child]:
+async def _start_workers(
+    config: MeshConfig, file: Path, stack: AsyncExitStack, env: Mapping[str, str] | None
+) -> list[Child]:
     """Starts the decode workers of a mesh file, for as long as the stack is open."""
     children = []
     for replica, address in enumerate(config.worker_addresses(0)):
         command = [sys.executable, "-m", "tokenmesh.cli.main", "serve", "decode-worker", "-c", str(file)]
         endpoint = Endpoint(ServiceRole.DECODE_WORKER, replica, address)
-        child = Child(endpoint, [*command, "--replica", str(replica)], file.parent / f"{endpoint.name}.log")
+        child = Child(endpoint, [*command, "--replica", str(replica)], file.parent / f"{endpoint.name}.log", env)
         stack.push_async_callback(child.stop, asyncio.Event())
         children.append(child)
     return children

@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib
 import json
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -159,25 +162,57 @@ async def measure(shape: str, side: str) -> list[Run]:
     return runs
 
 
-def in_process(shape: str, side: str, out: Path) -> Any:
-    """What a side gives, in a process of its own, so that the GPU is free again afterwards."""
-    out.mkdir(parents=True, exist_ok=True)
-    file, log = out / f"gpu-{shape}-{side}.json", out / f"gpu-{shape}-{side}.log"
-    command = [sys.executable, "-m", "benchmarks.gpu", "--child", shape, side, "--out", str(file)]
-    start = time.monotonic()
-    with log.open("w") as stream:
-        subprocess.run(command, cwd=ROOT, check=True, timeout=CHILD_TIMEOUT_S, stdout=stream, stderr=stream)
-    print(f"{shape} {side}: {time.monotonic() - start:.0f} s in all", flush=True)
-    return json.loads(file.read_text())
+class Turn:
+    """A side in a process of its own, so that the GPU is free again afterwards; it waits for its turn."""
+
+    def __init__(self, shape: str, side: str, out: Path) -> None:
+        """Starts it, which takes it some seconds of a core, and no GPU."""
+        out.mkdir(parents=True, exist_ok=True)
+        self.shape, self.side = shape, side
+        self._file = out / f"gpu-{shape}-{side}.json"
+        command = [sys.executable, "-m", "benchmarks.gpu", "--child", shape, side, "--out", str(self._file)]
+        with self._file.with_suffix(".log").open("w") as log:
+            self._process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=log, stderr=log)
+
+    def take(self) -> Any:
+        """What the side gives. Raises RuntimeError."""
+        start = time.monotonic()
+        self._process.communicate(b"go\n", CHILD_TIMEOUT_S)
+        if self._process.returncode:
+            raise RuntimeError(f"{self.shape} {self.side} failed: see {self._file.with_suffix('.log')}")
+        print(f"{self.shape} {self.side}: {time.monotonic() - start:.0f} s in all", flush=True)
+        return json.loads(self._file.read_text())
+
+    def give_up(self) -> None:
+        """Ends it, and what it has started."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGINT)
+            self._process.communicate(timeout=30)
 
 
-def decode_steps(shape: str, side: str, out: Path) -> list[Run]:
-    """`measure` in a process of its own."""
-    runs = [Run(**run) for run in in_process(shape, side, out)]
-    for run in runs:
+def in_turn(turns: Sequence[tuple[str, str]], out: Path) -> Iterator[tuple[str, str, Any]]:
+    """Shape, side and what it gives, one after the other; each is started while the one before it starts its engine."""
+    ahead: Turn | None = Turn(*turns[0], out)
+    try:
+        for following in [*turns[1:], None]:
+            assert ahead is not None
+            turn, ahead = ahead, Turn(*following, out) if following else None
+            try:
+                yield turn.shape, turn.side, turn.take()
+            finally:
+                turn.give_up()
+    finally:
+        if ahead is not None:
+            ahead.give_up()
+
+
+def seen(runs: Sequence[Mapping[str, Any]]) -> list[Run]:
+    """What a side wrote down; prints it."""
+    result = [Run(**run) for run in runs]
+    for run in result:
         steps = f"{median(run.step_s) * 1e3:.3f} ms" if run.step_s else "does not fit"
         print(f"{run.shape} {run.side:5} {run.batch}x{run.context}: {steps}", flush=True)
-    return runs
+    return result
 
 
 def compare(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -226,8 +261,14 @@ def driver() -> str:
 
 def bench(shapes: Sequence[str], out: Path) -> int:
     """Runs everything and writes JSON. Returns the exit status."""
-    runs = [run for shape in shapes for side in SIDES for run in decode_steps(shape, side, out)]
-    pushed = in_process(shapes[-1], PUSH, out)
+    begun = time.monotonic()
+    turns = [*product(shapes, SIDES), (shapes[-1], PUSH)]
+    runs, pushed = list[Run](), dict[str, Any]()
+    for _, side, given in in_turn(turns, out):
+        if side == PUSH:
+            pushed = given
+        else:
+            runs += seen(given)
     rows = compare(runs)
     left_out = sorted({f"{run.shape} {run.batch}x{run.context}" for run in runs if not run.step_s})
     notes = [
@@ -235,6 +276,7 @@ def bench(shapes: Sequence[str], out: Path) -> int:
         "exchange_us_p50: median over loads of what a layer takes longer with all rows on the other rank",
         f"sides ran one after the other, each in a process of its own; medians of {REPEATS} repetitions",
         "weights are random, KV is not computed but counts as fetched",
+        f"{time.monotonic() - begun:.0f} s in all",
         f"push: see benchmarks/gpu_push.py; prompts of the {shapes[-1]} shape, one at a time",
         f"left out, since the KV of all sequences does not fit beside the weights: {', '.join(left_out) or 'nothing'}",
     ]
@@ -258,9 +300,13 @@ def main() -> int:
     options = parser.parse_args()
     if options.child:
         shape, side = options.child
-        if side == PUSH:
-            from benchmarks import gpu_push
+        # What takes long and no GPU, before its turn.
+        importlib.import_module("vllm.v1.engine.async_llm")
 
+        from benchmarks import gpu_push
+
+        sys.stdin.readline()
+        if side == PUSH:
             result: Any = gpu_push.measure(SHAPES[shape], ENGINE_ARGS)
         else:
             result = [asdict(run) for run in asyncio.run(measure(shape, side))]

@@ -89,6 +89,7 @@ def config(model: str, ranks: int, exchange: str, eager: bool) -> MeshConfig:
             "max_num_batched_tokens": STEP_TOKENS,
             "block_size": 16,
             "kv_cache_memory_bytes": 2 << 30,
+            "gpu_memory_utilization": 0.1,
             "engine_args": {"attention_config": {"backend": "FLASH_ATTN"}},
         },
         decode_worker={
@@ -107,9 +108,13 @@ async def generate(mesh: MeshConfig, kill: bool, file: Path) -> None:
     from benchmarks.engine_group import engine_group
 
     most, killed = 0, False
+    # NCCL takes no two ranks of one host on one GPU; these two then say that they are on different ones.
+    one_gpu = torch.cuda.device_count() == 1
+    if one_gpu:
+        os.environ.update(NCCL_HOSTID="root", NCCL_SOCKET_IFNAME="lo")
     with tempfile.TemporaryDirectory(prefix="tokenmesh-test-") as folder:
         try:
-            async with engine_group(mesh, Path(folder)) as running:
+            async with engine_group(mesh, Path(folder), {"NCCL_HOSTID": "rank"} if one_gpu else None) as running:
 
                 async def look() -> None:
                     nonlocal most, killed

@@ -13,7 +13,7 @@ from hypothesis import given
 from tests.unit.memory_wire import MemoryWorker, OwningEnd, SendingEnd
 from tests.unit.test_memory import BLOCKS, HEADS, LAYERS, places
 from tokenmesh.kv.codecs import make_codec
-from tokenmesh.kv.device.digest import digest, reference
+from tokenmesh.kv.device.digest import Tally, digest, reference
 from tokenmesh.kv.device.memory import DeviceKvMemory, _Launched
 from tokenmesh.kv.geometry import HND, BlockGeometry, GeometryMismatchError, LayerSpan
 from tokenmesh.kv.memory import Heads, KvMemory
@@ -88,9 +88,9 @@ def test_a_digest_sees_every_flip_and_every_exchange() -> None:
     # (2) Zeros count by their number, and digests add up.
     zeros = [int(reference(torch.zeros(8 * n, dtype=torch.uint8))) for n in range(1, 50)]
     assert len(set(zeros)) == len(zeros)
-    total = torch.zeros(1, dtype=torch.int64)
-    digest(payload, total)
-    assert int(total) == whole
+    tally = Tally(payload.device)
+    digest(payload, tally)
+    assert int(tally.answer) == whole
 
 
 class DeviceCache:

@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -31,8 +31,10 @@ _TAIL_LINES = 5
 class Child:
     """A service process in a session of its own, so that its members can be told from all other processes."""
 
-    def __init__(self, endpoint: Endpoint, command: Sequence[str], log_path: Path) -> None:
-        """Starts it; its output goes to a fresh log. Raises OSError."""
+    def __init__(
+        self, endpoint: Endpoint, command: Sequence[str], log_path: Path, env: Mapping[str, str] | None = None
+    ) -> None:
+        """Starts it, with `env` besides the parent's; its output goes to a fresh log. Raises OSError."""
         self.endpoint = endpoint
         self.log_path = log_path
         self.ready = False
@@ -43,7 +45,12 @@ class Child:
         with log_path.open("wb") as log:
             # The session also keeps the terminal's Ctrl-C away from it: only the parent decides who ends when.
             self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env={**os.environ, **(env or {})},
             )
         self.pid = self._process.pid
 

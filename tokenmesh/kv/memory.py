@@ -112,6 +112,11 @@ class BlockMemory(Protocol):
     def scatter(self, layer: int, blocks: BlockIds, heads: Heads, data: Payload) -> None:
         """Copies back-to-back heads of blocks from `data` into their places. Raises IndexError."""
 
+    async def gather_checked(
+        self, layer: int, blocks: BlockIds, heads: Heads, out: Payload, seed: int
+    ) -> tuple[Payload, int]:
+        """What `gather` gives, and its `checksum`. Raises IndexError."""
+
     async def checksum(self, payload: Payload, seed: int) -> int:
         """64 bits over a payload, once what it is made of has been copied; the same at both ends of a link."""
 
@@ -178,6 +183,13 @@ class KvMemory:
     def scatter(self, layer: int, blocks: BlockIds, heads: Heads, data: Buffer) -> None:
         """See `BlockMemory`."""
         self._layers[layer][self._cells.of(layer, blocks, heads).ids] = data.view(self._cell)
+
+    async def gather_checked(
+        self, layer: int, blocks: BlockIds, heads: Heads, out: Buffer, seed: int
+    ) -> tuple[Buffer, int]:
+        """See `BlockMemory`."""
+        part = self.gather(layer, blocks, heads, out)
+        return part, await self.checksum(part, seed)
 
     async def checksum(self, payload: Buffer, seed: int) -> int:
         """See `BlockMemory`."""

@@ -272,6 +272,12 @@ class Sender:
                 staging = await self._staging.get()
             if payload is None:
                 assert staging is not None
+                if codec is None:
+                    header = replace(header, length=self._memory.nbytes(header.blocks, heads))
+                    payload, checksum = await self._memory.gather_checked(
+                        header.layer, blocks, heads, staging, header.seed
+                    )
+                    return _Message(replace(header, checksum=checksum), payload, staging)
                 payload = self._memory.gather(header.layer, blocks, heads, staging)
             if codec is not None:
                 encoded = await _encode(codec, payload)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 _SHM = {"UCX_MM_ERROR_HANDLING": "y"}
 _TCP = {"UCX_TLS": "tcp", "UCX_RNDV_SCHEME": "put_zcopy"}
-_GET = {"UCX_RNDV_SCHEME": "get_zcopy"}
+_GET = {"UCX_RNDV_SCHEME": "get_zcopy", "UCX_CUDA_IPC_ENABLE_GET_ZCOPY": "on"}
 
 
 def environment(transport: str, device: bool = False) -> Mapping[str, str]:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
 import xxhash
 
-from tokenmesh.kv.device.digest import digest
+from tokenmesh.kv.device.digest import Tally, digest, gather
 from tokenmesh.kv.device.ipc import map_share
 from tokenmesh.kv.geometry import BlockGeometry, LayerSpan
 from tokenmesh.kv.memory import BlockIds, Cells, Heads, Run
 from tokenmesh.kv.shares import DeviceShare
 
-_DIGESTS = 64
+_TALLIES = 64
 """Checksums under way at most: those of every staging buffer, and of what is received in place."""
 
 
@@ -52,17 +52,25 @@ class DeviceKvMemory:
             self._layers.append(cells.view(count, -1))
         self._known: WeakKeyDictionary[Run, torch.Tensor] = WeakKeyDictionary()
         """Numbers of cells, on the device: to send them there takes waiting for it."""
-        self._sums = torch.zeros(_DIGESTS, 1, dtype=torch.int64, device=self._device)
-        self._answers = torch.zeros(_DIGESTS, dtype=torch.int64, pin_memory=data.is_cuda)
         self._launched = _Launched()
-        self._slots: asyncio.Queue[int] = asyncio.Queue()
-        for slot in range(_DIGESTS):
-            self._slots.put_nowait(slot)
+        self._tallies: asyncio.Queue[Tally] = asyncio.Queue()
+        for _ in range(_TALLIES):
+            self._tallies.put_nowait(Tally(self._device))
+        if data.is_cuda:
+            self._compile()
 
     @classmethod
     def map(cls, given: DeviceShare, geometry: BlockGeometry, spans: Sequence[LayerSpan]) -> DeviceKvMemory:
         """Maps what an engine worker shares. Raises DeviceIpcError."""
         return cls(map_share(given), geometry, spans)
+
+    def _compile(self) -> None:
+        """Compiles the kernels, which takes a second each; else the first messages would."""
+        tally = Tally(self._device)
+        cells = torch.zeros(2, self._cells.nbytes // 8, dtype=torch.int64, device=self._device)
+        out = torch.zeros_like(cells).view(-1).view(torch.uint8)
+        gather(cells, torch.arange(2, device=self._device), out, tally)
+        digest(out, tally)
 
     def nbytes(self, blocks: int, heads: Heads) -> int:
         """See `KvMemory`."""
@@ -98,18 +106,27 @@ class DeviceKvMemory:
         ids = self._places(layer, blocks, heads)
         self._layers[layer].index_copy_(0, ids, data.view(torch.int64).view(len(ids), -1))
 
+    async def gather_checked(
+        self, layer: int, blocks: BlockIds, heads: Heads, out: torch.Tensor, seed: int
+    ) -> tuple[torch.Tensor, int]:
+        """See `KvMemory`. In one pass over the blocks."""
+        ids = self._places(layer, blocks, heads)
+        part = out[: len(ids) * self._cells.nbytes]
+        return part, await self._tallied(lambda tally: gather(self._layers[layer], ids, part, tally), seed)
+
     async def checksum(self, payload: torch.Tensor, seed: int) -> int:
         """See `KvMemory`. Returns when everything launched before is done."""
-        slot = await self._slots.get()
+        return await self._tallied(lambda tally: digest(payload, tally), seed)
+
+    async def _tallied(self, launch: Callable[[Tally], None], seed: int) -> int:
+        tally = await self._tallies.get()
         try:
-            total = self._sums[slot].zero_()
-            digest(payload, total)
-            self._answers[slot : slot + 1].copy_(total, non_blocking=True)
+            launch(tally)
             await self.landed()
-            return xxhash.xxh3_64_intdigest(self._answers[slot : slot + 1].numpy().tobytes(), seed=seed)
+            return xxhash.xxh3_64_intdigest(tally.answer.numpy().tobytes(), seed=seed)
         finally:
-            # A slot whose checksum was given up is written once more, before whatever its next user launches.
-            self._slots.put_nowait(slot)
+            # One that was given up is written once more, before whatever its next user launches.
+            self._tallies.put_nowait(tally)
 
     async def landed(self) -> None:
         """See `BlockMemory`."""
@@ -131,11 +148,13 @@ class _Launched:
 
     def __init__(self) -> None:
         self._waiting: deque[tuple[Any, asyncio.Future[None]]] = deque()
+        self._events: list[Any] = []
+        """Of no use at present; to make one takes five times as long as to record it."""
 
     def done(self) -> asyncio.Future[None]:
         """Of what is on the current stream now."""
         loop = asyncio.get_running_loop()
-        event: Any = torch.cuda.Event()
+        event = self._events.pop() if self._events else torch.cuda.Event()
         event.record()
         future: asyncio.Future[None] = loop.create_future()
         if not self._waiting:
@@ -145,7 +164,8 @@ class _Launched:
 
     def _look(self, loop: asyncio.AbstractEventLoop) -> None:
         while self._waiting and self._waiting[0][0].query():
-            _, future = self._waiting.popleft()
+            event, future = self._waiting.popleft()
+            self._events.append(event)
             if not future.done():
                 future.set_result(None)
         if self._waiting:
