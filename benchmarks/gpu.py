@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import importlib
 import json
-import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -26,14 +24,14 @@ from typing import Any
 
 from benchmarks.engine_group import EngineGroup, engine_group, random_prompts, step_seconds
 from benchmarks.gpu_push import LARGEST
-from benchmarks.harness import ROOT, Report, median
+from benchmarks.harness import Report, median
+from benchmarks.turns import Side, in_turn, wait_for_turn
 from tokenmesh.config import MeshConfig
 
 BLOCK = 16
 MAX_SEQS = 64
 CAPTURED = [1, 2, 4, 8, 16, 32, 64]
 """Batch sizes of CUDA graphs, the same on all sides."""
-CHILD_TIMEOUT_S = 240
 ENGINE_ARGS = {
     "load_format": "dummy",
     "skip_tokenizer_init": True,
@@ -162,50 +160,6 @@ async def measure(shape: str, side: str) -> list[Run]:
     return runs
 
 
-class Turn:
-    """A side in a process of its own, so that the GPU is free again afterwards; it waits for its turn."""
-
-    def __init__(self, shape: str, side: str, out: Path) -> None:
-        """Starts it, which takes it some seconds of a core, and no GPU."""
-        out.mkdir(parents=True, exist_ok=True)
-        self.shape, self.side = shape, side
-        self._file = out / f"gpu-{shape}-{side}.json"
-        command = [sys.executable, "-m", "benchmarks.gpu", "--child", shape, side, "--out", str(self._file)]
-        with self._file.with_suffix(".log").open("w") as log:
-            self._process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=log, stderr=log)
-
-    def take(self) -> Any:
-        """What the side gives. Raises RuntimeError."""
-        start = time.monotonic()
-        self._process.communicate(b"go\n", CHILD_TIMEOUT_S)
-        if self._process.returncode:
-            raise RuntimeError(f"{self.shape} {self.side} failed: see {self._file.with_suffix('.log')}")
-        print(f"{self.shape} {self.side}: {time.monotonic() - start:.0f} s in all", flush=True)
-        return json.loads(self._file.read_text())
-
-    def give_up(self) -> None:
-        """Ends it, and what it has started."""
-        if self._process.poll() is None:
-            self._process.send_signal(signal.SIGINT)
-            self._process.communicate(timeout=30)
-
-
-def in_turn(turns: Sequence[tuple[str, str]], out: Path) -> Iterator[tuple[str, str, Any]]:
-    """Shape, side and what it gives, one after the other; each is started while the one before it starts its engine."""
-    ahead: Turn | None = Turn(*turns[0], out)
-    try:
-        for following in [*turns[1:], None]:
-            assert ahead is not None
-            turn, ahead = ahead, Turn(*following, out) if following else None
-            try:
-                yield turn.shape, turn.side, turn.take()
-            finally:
-                turn.give_up()
-    finally:
-        if ahead is not None:
-            ahead.give_up()
-
-
 def seen(runs: Sequence[Mapping[str, Any]]) -> list[Run]:
     """What a side wrote down; prints it."""
     result = [Run(**run) for run in runs]
@@ -263,12 +217,9 @@ def bench(shapes: Sequence[str], out: Path) -> int:
     """Runs everything and writes JSON. Returns the exit status."""
     begun = time.monotonic()
     turns = [*product(shapes, SIDES), (shapes[-1], PUSH)]
-    runs, pushed = list[Run](), dict[str, Any]()
-    for _, side, given in in_turn(turns, out):
-        if side == PUSH:
-            pushed = given
-        else:
-            runs += seen(given)
+    sides = [Side(f"gpu {shape} {side}", ["benchmarks.gpu", "--child", shape, side]) for shape, side in turns]
+    *steps, [pushed] = [given for _, given in in_turn(sides, out)]
+    runs = [run for [given] in steps for run in seen(given)]
     rows = compare(runs)
     left_out = sorted({f"{run.shape} {run.batch}x{run.context}" for run in runs if not run.step_s})
     notes = [
@@ -300,13 +251,10 @@ def main() -> int:
     options = parser.parse_args()
     if options.child:
         shape, side = options.child
-        # What takes long and no GPU, before its turn.
-        importlib.import_module("vllm.v1.engine.async_llm")
-
-        from benchmarks import gpu_push
-
-        sys.stdin.readline()
+        wait_for_turn()
         if side == PUSH:
+            from benchmarks import gpu_push
+
             result: Any = gpu_push.measure(SHAPES[shape], ENGINE_ARGS)
         else:
             result = [asdict(run) for run in asyncio.run(measure(shape, side))]

@@ -12,11 +12,8 @@ import argparse
 import asyncio
 import json
 import os
-import signal
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,10 +34,10 @@ from benchmarks.gpu import (
     write_model,
 )
 from benchmarks.gpu import SHAPES as LLAMA
-from benchmarks.harness import FIGURES, ROOT, Report, median
+from benchmarks.harness import FIGURES, Report, median
+from benchmarks.turns import Side, in_turn, wait_for_turn
 from tokenmesh.config import MeshConfig
 
-CHILD_TIMEOUT_S = 300
 MEMORY = 0.88
 """Part of each GPU's memory that an engine takes."""
 WORKER_SPARE = 3 << 30
@@ -141,32 +138,18 @@ async def measure(shape: str, side: str, gpus: int) -> Measured:
     return Measured(shape, side, sum(blocks) * BLOCK, steps)
 
 
-def in_processes(shape: str, side: str, gpus: int, out: Path) -> list[Measured]:
-    """`measure` in a process of its own, or in one per GPU at a time. The GPUs are free again afterwards."""
-    out.mkdir(parents=True, exist_ok=True)
-    start, children = time.monotonic(), []
-    for index in range(gpus if side == "one" else 1):
-        name = f"multigpu-{shape}-{side}-{index}"
-        command = [sys.executable, "-m", "benchmarks.multigpu", "--gpus", str(gpus), "--child", shape, side]
-        env = {**os.environ, **({"CUDA_VISIBLE_DEVICES": str(index)} if side == "one" else {})}
-        file = out / f"{name}.json"
-        with (out / f"{name}.log").open("w") as log:
-            process = subprocess.Popen([*command, "--out", str(file)], cwd=ROOT, stdout=log, stderr=log, env=env)
-        children.append((process, file))
-    try:
-        for process, file in children:
-            if process.wait(max(1.0, CHILD_TIMEOUT_S - (time.monotonic() - start))):
-                raise RuntimeError(f"{shape} {side} failed: see {file.with_suffix('.log')}")
-    finally:
-        for process, _ in children:
-            # It has workers to end.
-            process.send_signal(signal.SIGINT)
-            process.wait(30)
-    measured = [Measured(**json.loads(file.read_text())) for _, file in children]
+def side_of(shape: str, side: str, gpus: int) -> Side:
+    """`measure` in a process of its own, or in one per GPU."""
+    envs = [{"CUDA_VISIBLE_DEVICES": str(index)} for index in range(gpus)] if side == "one" else [{}]
+    return Side(f"multigpu {shape} {side}", ["benchmarks.multigpu", "--gpus", str(gpus), "--child", shape, side], envs)
+
+
+def seen(given: Sequence[dict[str, Any]]) -> list[Measured]:
+    """What processes wrote down; prints it."""
+    measured = [Measured(**one) for one in given]
     for one in measured:
         steps = {load: f"{median(found) * 1e3:.3f} ms" if found else "-" for load, found in one.steps.items()}
-        print(f"{shape} {side}: {one.kv_tokens} tokens of KV; {steps}", flush=True)
-    print(f"{shape} {side}: {time.monotonic() - start:.0f} s in all", flush=True)
+        print(f"{one.shape} {one.side}: {one.kv_tokens} tokens of KV; {steps}", flush=True)
     return measured
 
 
@@ -229,7 +212,8 @@ def figures(rows: Sequence[dict[str, Any]], measured: Sequence[Measured]) -> dic
 def bench(shapes: Sequence[str], gpus: int, out: Path) -> int:
     """Runs everything and writes JSON per shape. Returns the exit status."""
     for shape in shapes:
-        measured = [one for side in SIDES for one in in_processes(shape, side, gpus, out)]
+        sides = [side_of(shape, side, gpus) for side in SIDES]
+        measured = [one for _, given in in_turn(sides, out) for one in seen(given)]
         rows = compare(shape, gpus, measured)
         notes = [
             f"{gpus} GPUs; NVLink multicast off: NCCL_NVLS_ENABLE={os.environ.get('NCCL_NVLS_ENABLE', 'unset')}",
@@ -258,6 +242,7 @@ def main() -> int:
     parser.add_argument("--child", nargs=2, metavar=("SHAPE", "SIDE"), help="one engine only; --out is its file")
     options = parser.parse_args()
     if options.child:
+        wait_for_turn()
         measured = asyncio.run(measure(*options.child, options.gpus))
         options.out.write_text(json.dumps(asdict(measured)))
         return 0
