@@ -15,8 +15,9 @@ pytestmark = [
 ]
 
 
-def test_digests_of_kernel_and_torch_agree() -> None:
-    from tokenmesh.kv.device.digest import Tally, digest, gather, reference
+def test_passes_of_kernel_and_torch_agree() -> None:
+    from tokenmesh.kv.device.digest import reference
+    from tokenmesh.kv.device.passes import Places, Tally, digest, gather, scatter
 
     generator, tally = torch.Generator("cuda").manual_seed(3), Tally(torch.device("cuda"))
     # (1) Of bytes in place, of all lengths, one after the other.
@@ -25,17 +26,23 @@ def test_digests_of_kernel_and_torch_agree() -> None:
         digest(payload, tally)
         torch.cuda.synchronize()
         assert int(tally.answer) == int(reference(payload)), words
-    # (2) Of cells that are gathered, of sizes that thread blocks do and do not share.
+    # (2) Of cells of two layers out of three, of sizes that thread blocks do and do not share: gathered, and back.
+    bases = torch.tensor([0, 100, 200], device="cuda")
     for words in (1, 7, 512, 1024, 5000, 8192):
         cells = torch.randint(-(1 << 62), 1 << 62, (300, words), device="cuda", generator=generator)
-        ids = torch.randperm(300, device="cuda", generator=generator)[:101]
-        out = torch.zeros(2 * 101 * words, dtype=torch.int64, device="cuda")
-        part = out[: 101 * words].view(torch.uint8)
-        gather(cells, ids, part, tally)
+        places = Places(cells, bases, range(1, 3), torch.randperm(100, device="cuda", generator=generator)[:51])
+        out = torch.zeros(2 * 102 * words, dtype=torch.int64, device="cuda")
+        part = out[: 102 * words].view(torch.uint8)
+        gather(places, part, tally)
         torch.cuda.synchronize()
-        assert torch.equal(out[: 101 * words].view(101, words), cells[ids])
-        assert not out[101 * words :].any()
+        assert torch.equal(out[: 102 * words].view(102, words), cells[places.numbers])
+        assert not out[102 * words :].any()
         assert int(tally.answer) == int(reference(part)), words
+        want = cells.clone()
+        want[places.numbers] = -want[places.numbers]
+        scatter(places, (-out[: 102 * words]).view(torch.uint8), tally)
+        assert torch.equal(cells, want), words
+    assert not tally.state.any()
 
 
 @pytest.fixture(scope="module")

@@ -194,5 +194,5 @@ def receive_in_place(patch: pytest.MonkeyPatch, smallest: int | None) -> Counter
     patch.setattr(Receiver, "_claim", counted)
     direct = frozenset() if smallest is None else receiver_module.DIRECT | {"memory"}
     patch.setattr(receiver_module, "DIRECT", direct)
-    patch.setattr(receiver_module, "DIRECT_BYTES", smallest or 0)
+    patch.setattr(receiver_module, "STAGED_BYTES", smallest or 0)
     return claims

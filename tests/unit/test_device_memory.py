@@ -13,8 +13,9 @@ from hypothesis import given
 from tests.unit.memory_wire import MemoryWorker, OwningEnd, SendingEnd
 from tests.unit.test_memory import BLOCKS, HEADS, LAYERS, places
 from tokenmesh.kv.codecs import make_codec
-from tokenmesh.kv.device.digest import Tally, digest, reference
+from tokenmesh.kv.device.digest import reference
 from tokenmesh.kv.device.memory import DeviceKvMemory, _Launched
+from tokenmesh.kv.device.passes import Tally, digest
 from tokenmesh.kv.geometry import HND, BlockGeometry, GeometryMismatchError, LayerSpan
 from tokenmesh.kv.memory import Heads, KvMemory
 from tokenmesh.kv.messages import Commit, Destination, Push
@@ -41,17 +42,17 @@ def noise(seed: int) -> np.ndarray:
 
 
 @given(places)
-def test_a_device_finds_the_bytes_that_a_host_finds(place: tuple[bool, int, list[int], tuple[int, int]]) -> None:
-    interleaved, layer, ids, (first, count) = place
+def test_a_device_finds_the_bytes_that_a_host_finds(place: tuple[bool, range, list[int], tuple[int, int]]) -> None:
+    interleaved, layers, ids, (first, count) = place
     ours, theirs = noise(1), noise(1)
     device = DeviceKvMemory(torch.from_numpy(ours), GEOMETRY, spans(interleaved))
     host = KvMemory(theirs, GEOMETRY, spans(interleaved))
     blocks, heads = np.array(ids), Heads(first, count)
     # (1) Copied out, and in place.
-    out = np.zeros(len(ids) * count * HEAD_BYTES, dtype=np.uint8)
-    staged = device.gather(layer, blocks, heads, device.buffers(1, 2 * len(out))[0])
-    assert (staged.numpy() == host.gather(layer, blocks, heads, out)).all()
-    one, two = device.view(layer, blocks, heads), host.view(layer, blocks, heads)
+    out = np.zeros(len(layers) * len(ids) * count * HEAD_BYTES, dtype=np.uint8)
+    staged = device.gather(layers, blocks, heads, device.buffers(1, 2 * len(out))[0])
+    assert (staged.numpy() == host.gather(layers, blocks, heads, out)).all()
+    one, two = device.view(layers.start, blocks, heads), host.view(layers.start, blocks, heads)
     assert (one is None) == (two is None)
     if one is not None and two is not None:
         assert (one.numpy() == two).all()
@@ -60,8 +61,8 @@ def test_a_device_finds_the_bytes_that_a_host_finds(place: tuple[bool, int, list
             == two.__array_interface__["data"][0] - (theirs.__array_interface__["data"][0])
         )
     # (2) Copied in, and nothing else is touched.
-    device.scatter(layer, blocks, heads, torch.from_numpy(255 - out))
-    host.scatter(layer, blocks, heads, 255 - out)
+    device.scatter(layers, blocks, heads, torch.from_numpy(255 - out))
+    host.scatter(layers, blocks, heads, 255 - out)
     assert (ours == theirs).all()
 
 
@@ -70,7 +71,7 @@ def test_a_block_that_is_not_there_is_an_error(block: int) -> None:
     memory = DeviceKvMemory(torch.from_numpy(noise(1)), GEOMETRY, spans(False))
     for move in (memory.gather, memory.scatter):
         with pytest.raises(IndexError):
-            move(0, np.array([block]), memory.all_heads, torch.zeros(SIZE, dtype=torch.uint8))
+            move(range(1), np.array([block]), memory.all_heads, torch.zeros(SIZE, dtype=torch.uint8))
 
 
 def test_a_digest_sees_every_flip_and_every_exchange() -> None:
@@ -103,13 +104,15 @@ class DeviceCache:
         self.memory = DeviceKvMemory(torch.from_numpy(flat), GEOMETRY, spans(False))
 
 
+@pytest.mark.parametrize("joined", [False, True], ids=["apart", "joined"])
 @pytest.mark.parametrize("target", [[4, 5, 6, 7], [8, 2, 9, 3]], ids=["adjacent", "scattered"])
-async def test_a_transfer_arrives_whole_and_touches_nothing_else(target: list[int]) -> None:
+async def test_a_transfer_arrives_whole_and_touches_nothing_else(target: list[int], joined: bool) -> None:
     worker, source, owner = MemoryWorker(), DeviceCache(1), DeviceCache(2)
     before, blocks = owner.data.copy(), [7, 1, 2, 5]
-    sending = SendingEnd(worker, source, 2 * SIZE)  # type: ignore[arg-type]
-    owning = OwningEnd(worker, owner, 2 * SIZE)  # type: ignore[arg-type]
-    # (1) A transfer of all layers, in messages of two blocks.
+    chunk = (len(blocks) * LAYERS if joined else 2) * SIZE
+    sending = SendingEnd(worker, source, chunk)  # type: ignore[arg-type]
+    owning = OwningEnd(worker, owner, chunk)  # type: ignore[arg-type]
+    # (1) A transfer of all layers, in messages of two blocks, or in as few as the layers that have piled up make.
     owning.expect(TICKET, target)
     sending.sender.start(TICKET, [Destination(*owning.address)])
     for layer in range(LAYERS):

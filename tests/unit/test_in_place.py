@@ -123,7 +123,7 @@ class Line:
 @pytest.fixture
 async def line(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[Owner, Line]]:
     """An owner with an open ticket that takes even small payloads in place, and a sender's line to it."""
-    monkeypatch.setattr(receiver, "DIRECT_BYTES", 0)
+    monkeypatch.setattr(receiver, "STAGED_BYTES", 0)
     monkeypatch.setattr(receiver, "LET_GO_S", 0.2)
     owner, line = Owner(), Line()
     owner.receiver.expect(Expect(TICKET, WANTED))

@@ -23,7 +23,7 @@ from tokenmesh.kv.messages import Commit, Destination, Push, SendDone, Settled
 from tokenmesh.kv.ucx import UcxEndpoint, UcxWorker
 from tokenmesh.kv.wire import HEADER_BYTES, HEADER_CHANNEL, PAYLOAD_CHANNEL, PROBE_ID, Header, Kind
 
-LAYERS, BLOCKS, SIZE = 3, 16, 256
+LAYERS, BLOCKS, SIZE = 4, 16, 256
 GEOMETRY = BlockGeometry(LAYERS, 1, 16, 4, "float32", SIZE, "test")
 CHUNK = 2 * SIZE
 SOURCE, TARGET = [3, 4, 5, 6], [8, 9, 2, 12]
@@ -173,6 +173,13 @@ class Path:
     in_place: bool
     target: list[int]
     size: int = SIZE
+    layers: int = 0
+    """How many leave in one message; 0: each in two."""
+
+    @property
+    def chunk(self) -> int:
+        """Largest messages, in bytes."""
+        return (self.layers * len(SOURCE) or 2) * self.size
 
     @property
     def geometry(self) -> BlockGeometry:
@@ -183,8 +190,9 @@ class Path:
 STAGED = Path("staged", False, TARGET)
 IN_PLACE = Path("in place", True, [8, 9, 2, 3])
 BOTH = Path("both", True, TARGET)
+JOINED = Path("joined", False, TARGET, layers=2)
 # As large as what is received in place outside of tests.
-LARGE = [replace(path, size=receiver.DIRECT_BYTES // 2) for path in (IN_PLACE, BOTH)]
+LARGE = [replace(path, size=receiver.STAGED_BYTES // 2) for path in (IN_PLACE, BOTH)]
 
 
 class Link:
@@ -193,7 +201,7 @@ class Link:
     def __init__(self, worker: UcxWorker | MemoryWorker, path: Path) -> None:
         self.arming = Arming(11)
         self.target = path.target
-        source, target, chunk = Cache(path.geometry, BLOCKS), Cache(path.geometry, BLOCKS), 2 * path.size
+        source, target, chunk = Cache(path.geometry, BLOCKS), Cache(path.geometry, BLOCKS), path.chunk
         self.sending = SendingEnd(worker, source, chunk, lambda e: FaultyEndpoint(e, self.arming))
         self.owning = OwningEnd(worker, target, chunk)
         self.tickets = (number.to_bytes(16, "big") for number in itertools.count(1))
@@ -278,11 +286,11 @@ async def healthy(at: Link) -> Settled:
     return settled if settled.complete else (await at.transfer(None))[1]
 
 
-@pytest.mark.parametrize("path", [STAGED, IN_PLACE, BOTH], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [STAGED, IN_PLACE, BOTH, JOINED], ids=lambda path: path.name)
 @pytest.mark.parametrize(("fault", "times", "reason"), FAULTS, ids=[f[0].__name__ for f in FAULTS])
 async def test_ten_thousand_faults(fault: Fault, times: int, reason: str, path: Path) -> None:
     async with link(MemoryWorker, path) as at:
-        await inject(at, fault, times, reason)
+        await inject(at, fault, times if path is not JOINED else -(-times // 4), reason)
 
 
 @pytest.mark.parametrize("path", [STAGED, *LARGE], ids=lambda path: path.name)

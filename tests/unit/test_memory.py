@@ -29,35 +29,36 @@ def cache(interleaved: bool, packing: str = "cpu_attn/vec") -> tuple[KvMemory, n
 
 places = st.tuples(
     st.booleans(),
-    st.integers(0, LAYERS - 1),
+    st.integers(0, LAYERS - 1).flatmap(lambda first: st.integers(first + 1, LAYERS).map(lambda end: range(first, end))),
     st.lists(st.integers(0, BLOCKS - 1), min_size=1, max_size=BLOCKS, unique=True),
     st.integers(0, HEADS - 1).flatmap(lambda first: st.tuples(st.just(first), st.integers(1, HEADS - first))),
 )
 
 
 @given(places)
-def test_blocks_and_heads_are_found(place: tuple[bool, int, list[int], tuple[int, int]]) -> None:
-    interleaved, layer, ids, (first, count) = place
+def test_blocks_and_heads_are_found(place: tuple[bool, range, list[int], tuple[int, int]]) -> None:
+    interleaved, layers, ids, (first, count) = place
     memory, whole = cache(interleaved)
     heads, blocks = Heads(first, count), np.array(ids)
-    want = whole[layer, blocks, first : first + count].reshape(-1)
+    want = whole[layers][:, blocks, first : first + count].reshape(-1)
     # (1) Copied out.
     out = np.zeros(2 * want.size, dtype=np.uint8)
-    assert (memory.gather(layer, blocks, heads, out) == want).all()
-    assert memory.nbytes(len(ids), heads) == want.size
+    assert (memory.gather(layers, blocks, heads, out) == want).all()
+    assert len(layers) * memory.nbytes(len(ids), heads) == want.size
     assert not out[want.size :].any()
     # (2) In place, if and only if they lie one after the other.
-    view = memory.view(layer, blocks, heads)
+    view = memory.view(layers.start, blocks, heads)
     if view is not None:
-        assert (view == want).all()
+        assert (view == want[: view.size]).all()
         assert np.shares_memory(view, whole)
     assert (view is not None) == (
         len(ids) == 1 or (count == HEADS and not interleaved and bool((np.diff(blocks) == 1).all()))
     )
     # (3) Copied in, and nothing else is touched.
     expected = whole.copy()
-    expected[layer, blocks, first : first + count] = 255 - want.reshape(len(ids), count, HEAD_BYTES)
-    memory.scatter(layer, blocks, heads, 255 - want)
+    for layer, part in zip(layers, want.reshape(len(layers), len(ids), count, HEAD_BYTES), strict=True):
+        expected[layer, blocks, first : first + count] = 255 - part
+    memory.scatter(layers, blocks, heads, 255 - want)
     assert (whole == expected).all()
 
 
@@ -65,7 +66,7 @@ def test_a_packing_that_mixes_heads_moves_whole_blocks() -> None:
     memory, whole = cache(False, packing="row_major")
     blocks = np.array([7, 2, 3])
     out = np.zeros(3 * SIZE, dtype=np.uint8)
-    assert (memory.gather(1, blocks, memory.all_heads, out) == whole[1, blocks].reshape(-1)).all()
+    assert (memory.gather(range(1, 2), blocks, memory.all_heads, out) == whole[1, blocks].reshape(-1)).all()
     view = memory.view(1, np.array([2, 3]), memory.all_heads)
     assert view is not None
     assert (view == whole[1, 2:4].reshape(-1)).all()
@@ -76,7 +77,7 @@ def test_a_block_that_is_not_there_is_an_error(block: int) -> None:
     memory, _ = cache(False)
     out = np.zeros(SIZE, dtype=np.uint8)
     with pytest.raises(IndexError):
-        memory.gather(0, np.array([block]), memory.all_heads, out)
+        memory.gather(range(1), np.array([block]), memory.all_heads, out)
 
 
 def test_blocks_that_were_looked_up_are_found_again_for_other_heads_and_layers() -> None:
@@ -88,4 +89,4 @@ def test_blocks_that_were_looked_up_are_found_again_for_other_heads_and_layers()
         for layer in range(LAYERS):
             for heads in (Heads(0, HEADS), Heads(1, 2), Heads(0, HEADS)):
                 want = whole[layer, blocks, heads.first : heads.first + heads.count].reshape(-1)
-                assert (memory.gather(layer, blocks, heads, out) == want).all()
+                assert (memory.gather(range(layer, layer + 1), blocks, heads, out) == want).all()

@@ -121,8 +121,12 @@ def test_a_repeat_is_dropped_and_harmless(owner: Owner) -> None:
         Header(Kind.DATA, TICKET, 0, 0, 3, 2, 2 * SIZE),
         Header(Kind.DATA, TICKET, 0, 0, 0, 1, 2 * SIZE),
         Header(Kind.DATA, TICKET, 0, 0, 2**31, 2, 2 * SIZE),
+        Header(Kind.DATA, TICKET, 0, LAYERS - 1, 0, 1, 2 * SIZE, layers=2),
+        Header(Kind.DATA, TICKET, 0, 0, 0, 2, 2 * SIZE, layers=2),
+        Header(Kind.DATA, TICKET, 0, 0, 0, 2, 2 * SIZE, layers=0),
+        Header(Kind.DATA, TICKET, 0, 1, 0, 2, 2 * SIZE, layers=2**16 - 1),
     ],
-    ids=["layer", "place", "length", "overflow"],
+    ids=["layer", "place", "length", "overflow", "layers", "length of layers", "no layer", "overflow of layers"],
 )
 def test_a_message_outside_its_ticket_fails_the_transfer(owner: Owner, header: Header) -> None:
     payload = np.ones(2 * SIZE, dtype=np.uint8)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, TypeAlias
 
@@ -19,6 +19,9 @@ from tokenmesh.kv.shares import HostShare
 Buffer = npt.NDArray[np.uint8]
 BlockIds = npt.NDArray[np.int64]
 _KNOWN_RUNS = 64
+STAGED_BYTES = 512 << 10
+"""Smaller payloads are staged at both ends, which costs little while they fit into a core's cache. UCX must send by
+rendezvous what is received in place: parts of an eager message may be taken in even when its endpoint is closed."""
 Payload: TypeAlias = Any
 """Flat bytes, [n]: of numpy in host memory, of torch on a device. Both know len(), slices, and UCX both."""
 
@@ -94,8 +97,11 @@ class BlockMemory(Protocol):
     """Transports, besides those of host memory, with which a payload may be received into blocks: nothing writes them
     after the endpoint is closed and `quiesce` has returned."""
 
+    joins: ClassVar[int]
+    """Bytes up to which layers that have piled up leave in one message, where a message costs more than a copy."""
+
     def nbytes(self, blocks: int, heads: Heads) -> int:
-        """Bytes of so many blocks' heads."""
+        """Bytes of so many blocks' heads in a layer."""
 
     def buffers(self, count: int, nbytes: int) -> list[Payload]:
         """Staging memory beside the blocks, `count` times [nbytes]."""
@@ -103,17 +109,17 @@ class BlockMemory(Protocol):
     def view(self, layer: int, blocks: BlockIds, heads: Heads) -> Payload | None:
         """The bytes of these heads in place, if they lie next to each other in this order; else None."""
 
-    def gather(self, layer: int, blocks: BlockIds, heads: Heads, out: Payload) -> Payload:
-        """Copies heads of blocks into `out` back to back, [blocks, heads, ...]; returns the part filled.
+    def gather(self, layers: range, blocks: BlockIds, heads: Heads, out: Payload) -> Payload:
+        """Copies heads of blocks into `out` back to back, [layers, blocks, heads, ...]; returns the part filled.
 
         Raises IndexError.
         """
 
-    def scatter(self, layer: int, blocks: BlockIds, heads: Heads, data: Payload) -> None:
+    def scatter(self, layers: range, blocks: BlockIds, heads: Heads, data: Payload) -> None:
         """Copies back-to-back heads of blocks from `data` into their places. Raises IndexError."""
 
     async def gather_checked(
-        self, layer: int, blocks: BlockIds, heads: Heads, out: Payload, seed: int
+        self, layers: range, blocks: BlockIds, heads: Heads, out: Payload, seed: int
     ) -> tuple[Payload, int]:
         """What `gather` gives, and its `checksum`. Raises IndexError."""
 
@@ -137,6 +143,7 @@ class KvMemory:
     sends_in_place: ClassVar[bool] = True
     overlaps: ClassVar[bool] = False
     direct: ClassVar[frozenset[str]] = frozenset()
+    joins: ClassVar[int] = STAGED_BYTES
 
     def __init__(self, data: Buffer, geometry: BlockGeometry, spans: Sequence[LayerSpan]) -> None:
         """`data`: flat bytes of the whole storage, shape [nbytes]; one span per layer, in model order."""
@@ -171,24 +178,26 @@ class KvMemory:
         run = self._cells.of(layer, blocks, heads)
         return self._layers[layer][run.span].view(np.uint8) if run.adjacent else None
 
-    def gather(self, layer: int, blocks: BlockIds, heads: Heads, out: Buffer) -> Buffer:
+    def gather(self, layers: range, blocks: BlockIds, heads: Heads, out: Buffer) -> Buffer:
         """See `BlockMemory`."""
-        run = self._cells.of(layer, blocks, heads)
-        run.check(len(self._layers[layer]), layer)
-        part = out[: len(run.ids) * self._cells.nbytes]
-        # Checked above: in its checking mode, numpy copies twice.
-        np.take(self._layers[layer], run.ids, out=part.view(self._cell), mode="clip")
-        return part
+        size = self.nbytes(len(blocks), heads)
+        for layer, part in zip(layers, _parts(out, size), strict=False):
+            run = self._cells.of(layer, blocks, heads)
+            run.check(len(self._layers[layer]), layer)
+            # Checked above: in its checking mode, numpy copies twice.
+            np.take(self._layers[layer], run.ids, out=part.view(self._cell), mode="clip")
+        return out[: len(layers) * size]
 
-    def scatter(self, layer: int, blocks: BlockIds, heads: Heads, data: Buffer) -> None:
+    def scatter(self, layers: range, blocks: BlockIds, heads: Heads, data: Buffer) -> None:
         """See `BlockMemory`."""
-        self._layers[layer][self._cells.of(layer, blocks, heads).ids] = data.view(self._cell)
+        for layer, part in zip(layers, _parts(data, self.nbytes(len(blocks), heads)), strict=True):
+            self._layers[layer][self._cells.of(layer, blocks, heads).ids] = part.view(self._cell)
 
     async def gather_checked(
-        self, layer: int, blocks: BlockIds, heads: Heads, out: Buffer, seed: int
+        self, layers: range, blocks: BlockIds, heads: Heads, out: Buffer, seed: int
     ) -> tuple[Buffer, int]:
         """See `BlockMemory`."""
-        part = self.gather(layer, blocks, heads, out)
+        part = self.gather(layers, blocks, heads, out)
         return part, await self.checksum(part, seed)
 
     async def checksum(self, payload: Buffer, seed: int) -> int:
@@ -200,3 +209,8 @@ class KvMemory:
 
     def quiesce(self) -> None:
         """See `BlockMemory`. UCX has let go of a buffer once its endpoint is closed."""
+
+
+def _parts(data: Buffer, nbytes: int) -> Iterator[Buffer]:
+    """`data` cut into adjacent parts."""
+    return (data[start : start + nbytes] for start in range(0, len(data), nbytes))

@@ -25,7 +25,7 @@ import structlog
 
 from tokenmesh.kv import wire
 from tokenmesh.kv.codecs import NAMES, CodecError, make_codec
-from tokenmesh.kv.memory import BlockMemory, Heads, Payload
+from tokenmesh.kv.memory import STAGED_BYTES, BlockMemory, Heads, Payload
 from tokenmesh.kv.messages import Expect, Settled, Synced
 from tokenmesh.kv.relay import Relays
 from tokenmesh.kv.ticket import Ticket
@@ -38,10 +38,6 @@ log = structlog.get_logger()
 DIRECT = frozenset(("sysv", "posix", "tcp"))
 """Transports with which only progress of the receiver's own worker writes into a posted buffer, so that nothing does
 once the endpoint is closed. Others let the sender, or a device on its behalf, write by itself."""
-
-DIRECT_BYTES = 512 << 10
-"""Smaller payloads are staged, which costs little while they fit into a core's cache. UCX must send by rendezvous what
-is received in place: parts of an eager message may be taken in even when its endpoint is closed."""
 
 LET_GO_S = 1.0
 """How long settling waits for payloads that are on their way before it closes their endpoints; then again for UCX."""
@@ -276,7 +272,8 @@ class Receiver:
         if (
             ticket.error
             or header.codec != 0
-            or header.length < DIRECT_BYTES
+            or header.length < STAGED_BYTES
+            or header.layers != 1
             or header.transfer_id in self._relays
             or not (DIRECT | self._memory.direct).issuperset(transport.split(","))
             or not self._fits(header, ticket)
@@ -328,6 +325,7 @@ class Receiver:
                 transfer=header.transfer_id.hex()[:8],
                 sequence=header.sequence,
                 layer=header.layer,
+                layers=header.layers,
                 first=header.first,
                 blocks=header.blocks,
             )
@@ -335,21 +333,29 @@ class Receiver:
     def _part(self, flags: npt.NDArray[np.bool_], header: Header) -> npt.NDArray[np.bool_]:
         """What a message is about, of an array [layers, blocks, KV heads]; a view."""
         heads = self._heads(header)
-        return flags[header.layer, header.first : header.first + header.blocks, heads.first : heads.first + heads.count]
+        return flags[
+            header.layer : header.layer + header.layers,
+            header.first : header.first + header.blocks,
+            heads.first : heads.first + heads.count,
+        ]
 
     def _heads(self, header: Header) -> Heads:
         return Heads(header.head, header.heads) if header.heads else self._memory.all_heads
+
+    def _nbytes(self, header: Header) -> int:
+        """Of what a message is about, as it lies in the cache."""
+        return header.layers * self._memory.nbytes(header.blocks, self._heads(header))
 
     def _fits(self, header: Header, ticket: Ticket) -> bool:
         """Whether a message names nothing but what its ticket allows."""
         geometry, heads = self._memory.geometry, self._heads(header)
         return (
-            header.layer < geometry.layers
+            0 < header.layers <= geometry.layers - header.layer
             and header.first + header.blocks <= len(ticket.blocks)
             and heads.first + heads.count <= geometry.kv_heads
             and (heads == self._memory.all_heads or geometry.by_head)
             and header.codec in ticket.codecs
-            and (header.codec != 0 or header.length == self._memory.nbytes(header.blocks, heads))
+            and (header.codec != 0 or header.length == self._nbytes(header))
         )
 
     async def _decode(self, header: Header, payload: Payload) -> Payload | None:
@@ -359,7 +365,7 @@ class Receiver:
             return None
         codec = make_codec(NAMES[header.codec], self._memory.geometry)
         assert codec is not None
-        nbytes = self._memory.nbytes(header.blocks, self._heads(header))
+        nbytes = self._nbytes(header)
         try:
             return await asyncio.to_thread(codec.decode, payload, nbytes)
         except CodecError as error:
@@ -394,7 +400,8 @@ class Receiver:
         if not free.all():
             return self._drop(ticket, "duplicate")
         blocks = ticket.part(header.first, header.blocks)
-        self._memory.scatter(header.layer, blocks, self._heads(header), raw)
+        layers = range(header.layer, header.layer + header.layers)
+        self._memory.scatter(layers, blocks, self._heads(header), raw)
         free[:] = False
         self._part(ticket.missing, header)[:] = False
         ticket.bytes += header.length

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import structlog
+from msgspec import structs
 
 from tokenmesh.kv import wire
 from tokenmesh.kv.codecs import NAMES, NONE, Codec, make_codec
@@ -50,6 +51,8 @@ class _Transfer:
     committed: float = 0.0
     transport: str = ""
     known: dict[int, tuple[list[int], BlockIds]] = field(default_factory=dict)
+    next: Push | Commit | None = None
+    """Taken out of `commands`, not yet done."""
 
     def block_ids(self, place: int, blocks: list[int]) -> BlockIds:
         """As an array. Layer after layer has the same blocks at a place, and whoever sees the same array again need not
@@ -187,9 +190,9 @@ class Sender:
                 heads = Heads(to.source, to.heads) if to.heads else self._memory.all_heads
                 ways.append(_Way(await self.peer(to.host, to.port), heads, to.target))
                 transfer.transport = ways[0].peer.transport
-            while isinstance(command := await transfer.commands.get(), Push):
+            while push := await self._piled_up(transfer):
                 for way in ways:
-                    await self._push(transfer_id, transfer, way, command, sends)
+                    await self._push(transfer_id, transfer, way, *push, sends)
             await _landed(sends)
             for way in ways:
                 header = Header(
@@ -226,10 +229,35 @@ class Sender:
                 )
             )
 
+    async def _piled_up(self, transfer: _Transfer) -> tuple[Push, int] | None:
+        """The next push, and of how many layers: with those of the same blocks in layers behind it that have piled up
+        meanwhile, if they are small. None: the commit was next."""
+        command = transfer.next or await transfer.commands.get()
+        transfer.next = None
+        if isinstance(command, Commit):
+            return None
+        most = min(self._chunk_bytes, self._memory.joins) // self._memory.nbytes(
+            len(command.blocks), self._memory.all_heads
+        )
+        layers = 1
+        while layers < most and not transfer.commands.empty():
+            transfer.next = transfer.commands.get_nowait()
+            if transfer.next != structs.replace(command, layer=command.layer + layers):
+                break
+            transfer.next = None
+            layers += 1
+        return command, layers
+
     async def _push(
-        self, transfer_id: bytes, transfer: _Transfer, way: _Way, push: Push, sends: set[asyncio.Task[None]]
+        self,
+        transfer_id: bytes,
+        transfer: _Transfer,
+        way: _Way,
+        push: Push,
+        layers: int,
+        sends: set[asyncio.Task[None]],
     ) -> None:
-        limit = max(1, self._chunk_bytes // self._memory.nbytes(1, way.source))
+        limit = max(1, self._chunk_bytes // (layers * self._memory.nbytes(1, way.source)))
         for start in range(0, len(push.blocks), limit):
             blocks = transfer.block_ids(push.first + start, push.blocks[start : start + limit])
             place = Header(
@@ -237,6 +265,7 @@ class Sender:
                 transfer_id,
                 sequence=way.messages,
                 layer=push.layer,
+                layers=layers,
                 first=push.first + start,
                 blocks=len(blocks),
                 head=way.target,
@@ -263,22 +292,21 @@ class Sender:
         self, header: Header, blocks: BlockIds, heads: Heads, codec_name: str, staging: Payload | None = None
     ) -> _Message:
         """A message, ready to go; borrows nothing if it fails. `staging`: lent by the caller; None: to be borrowed."""
-        number = 0
+        number, layers = 0, range(header.layer, header.layer + header.layers)
         try:
             codec = make_codec(codec_name, self._memory.geometry)
-            payload = self._memory.view(header.layer, blocks, heads) if self._memory.sends_in_place else None
+            in_place = self._memory.sends_in_place and header.layers == 1
+            payload = self._memory.view(header.layer, blocks, heads) if in_place else None
             if staging is None and (payload is None or codec is not None):
                 # With a codec, this bounds the encoded payloads under way.
                 staging = await self._staging.get()
             if payload is None:
                 assert staging is not None
                 if codec is None:
-                    header = replace(header, length=self._memory.nbytes(header.blocks, heads))
-                    payload, checksum = await self._memory.gather_checked(
-                        header.layer, blocks, heads, staging, header.seed
-                    )
+                    header = replace(header, length=header.layers * self._memory.nbytes(header.blocks, heads))
+                    payload, checksum = await self._memory.gather_checked(layers, blocks, heads, staging, header.seed)
                     return _Message(replace(header, checksum=checksum), payload, staging)
-                payload = self._memory.gather(header.layer, blocks, heads, staging)
+                payload = self._memory.gather(layers, blocks, heads, staging)
             if codec is not None:
                 encoded = await _encode(codec, payload)
                 if encoded is not None:
@@ -295,7 +323,7 @@ class Sender:
         try:
             if not transfer.cancelled:
                 transfer.bytes += message.header.length
-                transfer.block_layers += message.header.blocks
+                transfer.block_layers += message.header.layers * message.header.blocks
                 with transfer.wire.message():
                     await peer.send(message.header, message.payload)
         finally:

@@ -17,9 +17,9 @@ import xxhash
 
 Buffer = npt.NDArray[np.uint8]
 
-_LAYOUT = struct.Struct("<IBBH16sIIIHHIQQ")
+_LAYOUT = struct.Struct("<IBBHH16sIIIHHIQQ")
 HEADER_BYTES = _LAYOUT.size
-_MAGIC = 0x544B4D34
+_MAGIC = 0x544B4D35
 
 PROBE_ID = bytes(16)
 """The transfer id of messages that measure a pair; no ticket."""
@@ -42,7 +42,8 @@ class Kind(enum.IntEnum):
     """What a message is."""
 
     DATA = 1
-    """`heads` heads from `head` on, of `blocks` blocks of `layer` from the `first`-th of the target's list on."""
+    """`heads` heads from `head` on, of `blocks` blocks from the `first`-th of the target's list on, in `layers` layers
+    from `layer` on: layer by layer, in each block by block."""
     COMMIT = 2
     """Everything of these heads was sent; `first` counts the DATA messages."""
     RECEIPT = 4
@@ -67,6 +68,7 @@ class Header:
     head: int = 0
     heads: int = 0
     codec: int = 0
+    layers: int = 1
 
     def _pack(self, checksum: int, own: int = 0) -> bytes:
         return _LAYOUT.pack(
@@ -74,6 +76,7 @@ class Header:
             self.kind,
             self.codec,
             self.layer,
+            self.layers,
             self.transfer_id,
             self.sequence,
             self.first,
@@ -109,12 +112,15 @@ class Header:
     @classmethod
     def from_buffer(cls, buffer: Buffer) -> Header:
         """Parses bytes, shape [HEADER_BYTES]. Raises WireError if they are not a header as it was sent."""
-        magic, kind, codec, layer, transfer_id, sequence, first, blocks, head, heads, own, length, checksum = (
-            _LAYOUT.unpack(buffer.tobytes())
+        magic, kind, codec, layer, layers, transfer_id, *places, own, length, checksum = _LAYOUT.unpack(
+            buffer.tobytes()
         )
+        sequence, first, blocks, head, heads = places
         if magic != _MAGIC or kind not in Kind.__members__.values():
             raise WireError("not a tokenmesh KV header")
-        header = cls(Kind(kind), transfer_id, sequence, layer, first, blocks, length, checksum, head, heads, codec)
+        header = cls(
+            Kind(kind), transfer_id, sequence, layer, first, blocks, length, checksum, head, heads, codec, layers
+        )
         if own != xxhash.xxh3_64_intdigest(header._pack(checksum)) & 0xFFFFFFFF:
             raise WireError("a damaged KV header")
         return header

@@ -11,8 +11,8 @@ from weakref import WeakKeyDictionary
 import torch
 import xxhash
 
-from tokenmesh.kv.device.digest import Tally, digest, gather
 from tokenmesh.kv.device.ipc import map_share
+from tokenmesh.kv.device.passes import Places, Tally, digest, gather, scatter
 from tokenmesh.kv.geometry import BlockGeometry, LayerSpan
 from tokenmesh.kv.memory import BlockIds, Cells, Heads, Run
 from tokenmesh.kv.shares import DeviceShare
@@ -37,25 +37,31 @@ class DeviceKvMemory:
     direct: ClassVar[frozenset[str]] = frozenset(("cuda_ipc", "cuda_copy"))
     """See `KvMemory`. With get_zcopy the receiver's process copies; `quiesce` waits for what it has begun."""
 
+    joins: ClassVar[int] = 1 << 30
+
     def __init__(self, data: torch.Tensor, geometry: BlockGeometry, spans: Sequence[LayerSpan]) -> None:
         """`data`: uint8 [nbytes], the whole storage; one span per layer, in model order."""
         self.geometry = geometry
         self.all_heads = Heads(0, geometry.kv_heads)
         self._device = data.device
         self._cells = Cells(geometry, spans)
-        self._layers: list[torch.Tensor] = []
         size = self._cells.nbytes
-        for span in spans:
-            count = (data.numel() - span.offset) // size
-            # As words of 8 bytes, which torch copies faster than single ones. [cells, words]
-            cells = data[span.offset : span.offset + count * size].view(torch.int64)
-            self._layers.append(cells.view(count, -1))
+        first, *_ = starts = [span.offset for span in spans]
+        assert all((start - first) % size == 0 for start in starts)
+        whole = data[first % size :]
+        self._all = whole[: len(whole) // size * size].view(torch.int64).view(-1, size // 8)
+        """As words of 8 bytes, which torch copies faster than single ones. [cells, words]"""
+        self._starts = [start // size for start in starts]
+        self._bases = torch.tensor(self._starts, dtype=torch.int64, device=self._device)
+        """Numbers of the layers' first cells."""
         self._known: WeakKeyDictionary[Run, torch.Tensor] = WeakKeyDictionary()
         """Numbers of cells, on the device: to send them there takes waiting for it."""
         self._launched = _Launched()
         self._tallies: asyncio.Queue[Tally] = asyncio.Queue()
         for _ in range(_TALLIES):
             self._tallies.put_nowait(Tally(self._device))
+        self._unread = Tally(self._device)
+        """Of launches whose digest nobody asks for."""
         if data.is_cuda:
             self._compile()
 
@@ -66,10 +72,11 @@ class DeviceKvMemory:
 
     def _compile(self) -> None:
         """Compiles the kernels, which takes a second each; else the first messages would."""
-        tally = Tally(self._device)
         cells = torch.zeros(2, self._cells.nbytes // 8, dtype=torch.int64, device=self._device)
-        out = torch.zeros_like(cells).view(-1).view(torch.uint8)
-        gather(cells, torch.arange(2, device=self._device), out, tally)
+        one = torch.zeros(1, dtype=torch.int64, device=self._device)
+        out, tally = torch.zeros(self._cells.nbytes, dtype=torch.uint8, device=self._device), Tally(self._device)
+        for launch in (gather, scatter):
+            launch(Places(cells, one, range(1), one), out, tally)
         digest(out, tally)
 
     def nbytes(self, blocks: int, heads: Heads) -> int:
@@ -83,36 +90,37 @@ class DeviceKvMemory:
     def view(self, layer: int, blocks: BlockIds, heads: Heads) -> torch.Tensor | None:
         """See `KvMemory`."""
         run = self._cells.of(layer, blocks, heads)
-        return self._layers[layer][run.span].view(-1).view(torch.uint8) if run.adjacent else None
+        if not run.adjacent:
+            return None
+        cells = self._all[self._starts[layer] :][run.span]
+        return cells.view(-1).view(torch.uint8)
 
-    def _places(self, layer: int, blocks: BlockIds, heads: Heads) -> torch.Tensor:
-        """Numbers of cells, int64 [cells] on the device. Raises IndexError."""
-        run = self._cells.of(layer, blocks, heads)
-        run.check(len(self._layers[layer]), layer)
-        places = self._known.get(run)
-        if places is None:
-            places = self._known[run] = torch.from_numpy(run.ids).to(self._device)
-        return places
+    def _places(self, layers: range, blocks: BlockIds, heads: Heads) -> Places:
+        """Raises IndexError."""
+        run = self._cells.of(layers.start, blocks, heads)
+        for layer in layers:
+            run.check(len(self._all) - self._starts[layer], layer)
+        ids = self._known.get(run)
+        if ids is None:
+            ids = self._known[run] = torch.from_numpy(run.ids).to(self._device)
+        return Places(self._all, self._bases, layers, ids)
 
-    def gather(self, layer: int, blocks: BlockIds, heads: Heads, out: torch.Tensor) -> torch.Tensor:
+    def gather(self, layers: range, blocks: BlockIds, heads: Heads, out: torch.Tensor) -> torch.Tensor:
         """See `KvMemory`."""
-        ids = self._places(layer, blocks, heads)
-        part = out[: len(ids) * self._cells.nbytes]
-        torch.index_select(self._layers[layer], 0, ids, out=part.view(torch.int64).view(len(ids), -1))
+        part = out[: len(layers) * self.nbytes(len(blocks), heads)]
+        gather(self._places(layers, blocks, heads), part, self._unread)
         return part
 
-    def scatter(self, layer: int, blocks: BlockIds, heads: Heads, data: torch.Tensor) -> None:
+    def scatter(self, layers: range, blocks: BlockIds, heads: Heads, data: torch.Tensor) -> None:
         """See `KvMemory`."""
-        ids = self._places(layer, blocks, heads)
-        self._layers[layer].index_copy_(0, ids, data.view(torch.int64).view(len(ids), -1))
+        scatter(self._places(layers, blocks, heads), data, self._unread)
 
     async def gather_checked(
-        self, layer: int, blocks: BlockIds, heads: Heads, out: torch.Tensor, seed: int
+        self, layers: range, blocks: BlockIds, heads: Heads, out: torch.Tensor, seed: int
     ) -> tuple[torch.Tensor, int]:
         """See `KvMemory`. In one pass over the blocks."""
-        ids = self._places(layer, blocks, heads)
-        part = out[: len(ids) * self._cells.nbytes]
-        return part, await self._tallied(lambda tally: gather(self._layers[layer], ids, part, tally), seed)
+        places, part = self._places(layers, blocks, heads), out[: len(layers) * self.nbytes(len(blocks), heads)]
+        return part, await self._tallied(lambda tally: gather(places, part, tally), seed)
 
     async def checksum(self, payload: torch.Tensor, seed: int) -> int:
         """See `KvMemory`. Returns when everything launched before is done."""
