@@ -16,8 +16,7 @@ import asyncio
 import contextlib
 import os
 from collections import Counter
-from collections.abc import Callable, Coroutine
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +24,7 @@ import structlog
 
 from tokenmesh.kv import wire
 from tokenmesh.kv.codecs import NAMES, CodecError, make_codec
+from tokenmesh.kv.inlet import Inlet
 from tokenmesh.kv.memory import STAGED_BYTES, BlockMemory, Heads, Payload
 from tokenmesh.kv.messages import Expect, Settled, Synced
 from tokenmesh.kv.relay import Relays
@@ -41,33 +41,6 @@ once the endpoint is closed. Others let the sender, or a device on its behalf, w
 
 LET_GO_S = 1.0
 """How long settling waits for payloads that are on their way before it closes their endpoints; then again for UCX."""
-
-
-class _Inlet:
-    """One sender's connection."""
-
-    def __init__(self, endpoint: UcxEndpoint) -> None:
-        self.endpoint = endpoint
-        self.applied: set[asyncio.Task[None]] = set()
-        self.relayed: set[asyncio.Task[None]] = set()
-        self.spoiled: set[bytes] = set()
-        """Transfers with a wrong checksum since the last right one."""
-
-    def start(self, tasks: set[asyncio.Task[None]], work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = asyncio.create_task(work)
-        tasks.add(task)
-        task.add_done_callback(tasks.discard)
-        return task
-
-    def judge(self, transfer_id: bytes, reason: str) -> None:
-        """Closes the endpoint if what came shows that headers and payloads no longer belong together."""
-        if reason in ("", "duplicate"):
-            self.spoiled.clear()
-        elif reason == "corrupt":
-            # Within one transfer it may be the source that has changed under the send.
-            self.spoiled.add(transfer_id)
-            if len(self.spoiled) > 1:
-                self.endpoint.close()
 
 
 class Receiver:
@@ -168,7 +141,7 @@ class Receiver:
 
     async def serve(self, endpoint: UcxEndpoint) -> None:
         """Reads one sender's messages until it goes away or is out of step, and closes the endpoint."""
-        inlet = _Inlet(endpoint)
+        inlet = Inlet(endpoint)
         raw = np.empty(HEADER_BYTES, dtype=np.uint8)
         try:
             while True:
@@ -186,7 +159,7 @@ class Receiver:
             endpoint.close()
             await asyncio.gather(*inlet.applied, *inlet.relayed, return_exceptions=True)
 
-    async def _take(self, header: Header, inlet: _Inlet) -> None:
+    async def _take(self, header: Header, inlet: Inlet) -> None:
         """Handles one header; for DATA submits the receive of what follows it. Raises WireError."""
         if header.kind is Kind.DATA:
             known = header.transfer_id in self._tickets or header.transfer_id in self._relays
@@ -229,7 +202,7 @@ class Receiver:
         with contextlib.suppress(UcxError):
             await self._answer(header, whole, endpoint)
 
-    async def _receive(self, received: asyncio.Future[None], header: Header, staging: Payload, inlet: _Inlet) -> None:
+    async def _receive(self, received: asyncio.Future[None], header: Header, staging: Payload, inlet: Inlet) -> None:
         ticket = self._tickets.get(header.transfer_id)
         try:
             with ticket.wire.message() if ticket is not None else contextlib.nullcontext():
@@ -257,7 +230,7 @@ class Receiver:
         finally:
             self._staging.put_nowait(staging)
 
-    async def _written(self, header: Header, inlet: _Inlet) -> None:
+    async def _written(self, header: Header, inlet: Inlet) -> None:
         """Holds the ticket open until what was copied is in its place."""
         ticket, task = self._tickets.get(header.transfer_id), asyncio.current_task()
         if ticket is not None and task is not None:
@@ -289,7 +262,7 @@ class Receiver:
         return place
 
     async def _receive_in_place(
-        self, received: asyncio.Future[None], header: Header, place: Payload, ticket: Ticket, inlet: _Inlet
+        self, received: asyncio.Future[None], header: Header, place: Payload, ticket: Ticket, inlet: Inlet
     ) -> None:
         # Whatever goes wrong here, the blocks stay missing, and claimed.
         try:
@@ -316,7 +289,7 @@ class Receiver:
         self._judge(header, reason, inlet)
 
     @staticmethod
-    def _judge(header: Header, reason: str, inlet: _Inlet) -> None:
+    def _judge(header: Header, reason: str, inlet: Inlet) -> None:
         inlet.judge(header.transfer_id, reason)
         if reason not in ("", "probe", "stray"):
             log.info(
