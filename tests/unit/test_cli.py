@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 from tests.unit import fake_service
 from tests.unit.fake_service import serving
 from tokenmesh.cli import child, main, status
-from tokenmesh.cli.demo import LONG_PROMPT_TOKENS, long_text
+from tokenmesh.cli.demo import LONG_PROMPT_TOKENS, long_text, quick_dtype
 from tokenmesh.cli.mesh import Mesh, MeshStartError, serve_command
 from tokenmesh.config import MeshConfig, load_config
 from tokenmesh.lifecycle import LiveRequest
@@ -312,3 +312,21 @@ async def test_demo(mesh_file: Path, tmp_path: Path) -> None:
     assert out.endswith("nothing is left: 4 services and all that they started are gone\n")
     # 2. The long text is long enough for every tokenizer that makes no more than a word of a token.
     assert len(long_text().split()) > LONG_PROMPT_TOKENS
+
+
+@pytest.mark.parametrize(
+    ("asked", "gpu", "instructions", "computed"),
+    [
+        ("auto", False, False, "float32"),
+        ("auto", False, True, "auto"),
+        ("auto", True, False, "auto"),
+        ("bfloat16", False, False, "bfloat16"),
+    ],
+)
+def test_the_demo_computes_in_what_this_host_computes_quickly(
+    monkeypatch: pytest.MonkeyPatch, asked: str, gpu: bool, instructions: bool, computed: str
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    monkeypatch.setattr("tokenmesh.cli.demo.computes_bfloat16", lambda: instructions)
+    config = MeshConfig(dtype=asked)
+    assert quick_dtype(config) == MeshConfig(dtype=computed)

@@ -28,6 +28,7 @@ from tokenmesh.cli.mesh import (
 from tokenmesh.cli.serve import ServiceRole
 from tokenmesh.cli.status import Screen, one_line, showing
 from tokenmesh.config import MeshConfig
+from tokenmesh.engine.host import computes_bfloat16
 from tokenmesh.rpc.channel import dial
 from tokenmesh.v1 import sampling_pb2
 
@@ -46,6 +47,15 @@ class DemoError(Exception):
 def example_config() -> Path | None:
     """The mesh file to use when none is given; None: the defaults."""
     return EXAMPLE if EXAMPLE.is_file() else None
+
+
+def quick_dtype(config: MeshConfig) -> MeshConfig:
+    """The same in float32, if `auto` may mean a type for which this host has neither a GPU nor CPU instructions."""
+    import torch
+
+    if config.dtype != "auto" or torch.cuda.is_available() or computes_bfloat16():
+        return config
+    return config.model_copy(update={"dtype": "float32"})
 
 
 def long_text(sentences: int = 120) -> str:
@@ -172,7 +182,7 @@ async def demo(config: MeshConfig, log_dir: Path, timeout: float, command: Comma
     mesh = Mesh(config, log_dir, timeout, command)
     show = Demo(config, console)
     problems: list[str] = []
-    show.say(f"starting {config.model_name}, logs in {log_dir}")
+    show.say(f"starting {config.model_name}, dtype {config.dtype}, logs in {log_dir}")
     try:
         async with showing(mesh.statuses, console, live=False), mesh:
             await show.ask()

@@ -120,12 +120,14 @@ def drain(
 def demo(config: ConfigOption = None, log_dir: LogDirOption = _LOG_DIR, timeout: StartOption = 300) -> None:
     """Start a mesh, ask it over REST and gRPC, show what moved between the services, and stop it again.
 
-    Without a mesh file it uses examples/mesh.yaml where that exists.
+    Without a mesh file it uses examples/mesh.yaml where that exists. Where dtype is auto, and bfloat16 would be slow
+    because this host has neither a GPU nor CPU instructions for it, the demo computes in float32.
     """
     from tokenmesh.cli import demo as command
     from tokenmesh.cli.mesh import run_until_signal
 
-    raise typer.Exit(run_until_signal(command.demo(_load(config or command.example_config()), log_dir, timeout)))
+    mesh = command.quick_dtype(_load(config or command.example_config()))
+    raise typer.Exit(run_until_signal(command.demo(mesh, log_dir, timeout)))
 
 
 @app.command()
