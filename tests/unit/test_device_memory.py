@@ -17,8 +17,9 @@ from tokenmesh.kv.device.digest import reference
 from tokenmesh.kv.device.memory import DeviceKvMemory, _Launched
 from tokenmesh.kv.device.passes import Tally, digest
 from tokenmesh.kv.geometry import HND, BlockGeometry, GeometryMismatchError, LayerSpan
-from tokenmesh.kv.memory import Heads, KvMemory
+from tokenmesh.kv.memory import Heads, KvMemory, Payload
 from tokenmesh.kv.messages import Commit, Destination, Push
+from tokenmesh.kv.peer import Peer
 from tokenmesh.kv.wire import Header, Kind
 
 TOKENS, HEAD = 4, 8
@@ -106,7 +107,17 @@ class DeviceCache:
 
 @pytest.mark.parametrize("joined", [False, True], ids=["apart", "joined"])
 @pytest.mark.parametrize("target", [[4, 5, 6, 7], [8, 2, 9, 3]], ids=["adjacent", "scattered"])
-async def test_a_transfer_arrives_whole_and_touches_nothing_else(target: list[int], joined: bool) -> None:
+async def test_a_transfer_arrives_whole_and_touches_nothing_else(
+    target: list[int], joined: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent, send = list[int](), Peer.send
+
+    async def counted(peer: Peer, header: Header, payload: Payload | None = None) -> None:
+        if header.kind is Kind.DATA and header.transfer_id == TICKET:
+            sent.append(header.layers)
+        await send(peer, header, payload)
+
+    monkeypatch.setattr(Peer, "send", counted)
     worker, source, owner = MemoryWorker(), DeviceCache(1), DeviceCache(2)
     before, blocks = owner.data.copy(), [7, 1, 2, 5]
     chunk = (len(blocks) * LAYERS if joined else 2) * SIZE
@@ -122,6 +133,7 @@ async def test_a_transfer_arrives_whole_and_touches_nothing_else(target: list[in
     settled = await owning.settle(TICKET)
     assert settled.complete
     assert settled.nbytes == LAYERS * len(blocks) * SIZE
+    assert sent == ([LAYERS] if joined else [1] * (2 * LAYERS))
     # (2) Block by block, and nothing else.
     before[:, target] = source.data[:, blocks]
     assert (owner.data == before).all()

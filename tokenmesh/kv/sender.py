@@ -231,14 +231,14 @@ class Sender:
 
     async def _piled_up(self, transfer: _Transfer) -> tuple[Push, int] | None:
         """The next push, and of how many layers: with those of the same blocks in layers behind it that have piled up
-        meanwhile, if they are small. None: the commit was next."""
+        meanwhile, if they are small and leave as they are. None: the commit was next."""
         command = transfer.next or await transfer.commands.get()
         transfer.next = None
         if isinstance(command, Commit):
             return None
-        most = min(self._chunk_bytes, self._memory.joins) // self._memory.nbytes(
-            len(command.blocks), self._memory.all_heads
-        )
+        size = self._memory.nbytes(max(1, len(command.blocks)), self._memory.all_heads)
+        # Encoders need memory of their own, a multiple of what they encode.
+        most = min(self._chunk_bytes, self._memory.joins) // size if transfer.codec == NONE else 1
         layers = 1
         while layers < most and not transfer.commands.empty():
             transfer.next = transfer.commands.get_nowait()
