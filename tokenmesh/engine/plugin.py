@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 
+from tokenmesh.engine.compile_cache import find_it_again
 from tokenmesh.logs import setup_inherited_logging
 
 
@@ -19,3 +20,7 @@ def register() -> None:
         KVConnectorFactory.register_connector(
             "TokenParallelKVConnector", "tokenmesh.engine.connector", "TokenParallelKVConnector"
         )
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        find_it_again()
