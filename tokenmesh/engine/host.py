@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from tokenmesh.config import ConfigError, DecodeConfig, EngineConfig, MeshConfig, PrefillConfig
+from tokenmesh.engine import compile_cache
 from tokenmesh.engine.settings import ConnectorSettings
 from tokenmesh.gpus import check_device_transfer
 from tokenmesh.kv.hub import LinkHub
@@ -202,6 +203,7 @@ def _start(
             kv_load_failure_policy="recompute",
             kv_connector_extra_config=settings.to_extra_config(),
         ),
+        additional_config=compiled_apart(section),
         **(token_parallel_args(section) if isinstance(section, DecodeConfig) else {}),
         **extra,
     )
@@ -250,7 +252,6 @@ def token_parallel_args(section: DecodeConfig) -> dict[str, Any]:
             "scheduler_cls": "tokenmesh.engine.scheduler.AsyncTokenParallelScheduler",
             "attention_config": {"backend": "FLASH_ATTN"},
         }
-    values["additional_config"] = compiled_apart(section)
     if group.kv_blocks is not None:
         # One more: vLLM sets its first block aside.
         here = ranks_on_device(section) > 1
@@ -263,8 +264,16 @@ def compiled_apart(section: EngineConfig) -> dict[str, Any]:
     """vLLM's additional_config, which is part of its compile cache's key.
 
     What is compiled for the stock backend writes new keys and values by itself, to slots that need not be the root's.
+    And what is compiled for one CPU is not for another.
     """
-    return {**section.engine_args.get("additional_config", {}), "tokenmesh": "token_parallel"}
+    from vllm.platforms import current_platform
+
+    config = dict(section.engine_args.get("additional_config", {}))
+    if isinstance(section, DecodeConfig) and section.token_parallel_size > 1:
+        config["tokenmesh"] = "token_parallel"
+    if current_platform.is_cpu():
+        config[compile_cache.KEY] = compile_cache.this_cpu()
+    return config
 
 
 def ranks_on_device(section: EngineConfig) -> int:
