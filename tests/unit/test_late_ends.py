@@ -82,7 +82,7 @@ async def test_a_delayed_sender_cannot_write_into_reused_blocks(
     async with asyncio.timeout(20):
         while not (owning.cache.data[LAYERS - 1, TARGET[:2]] == 1).all():  # noqa: ASYNC110
             await asyncio.sleep(0.01)
-    assert (await owning.settle(late)).error == "2 of 12 block layers did not arrive"
+    assert (await owning.settle(late)).error == f"2 of {LAYERS * len(TARGET)} block layers did not arrive"
     # (2) Its blocks are given to another request, whose KV comes from elsewhere.
     start(quick_end, soon)
     assert (await quick_end.done()).error == ""
