@@ -57,7 +57,7 @@ def _in_process() -> tuple[float, float, float]:
         return (
             _rate(CHUNK_BYTES, lambda: header.sealed(chunk)),
             _rate(NBYTES, lambda: header.sealed(staged)),
-            _rate(NBYTES, lambda: memory.scatter(0, ids, memory.all_heads, staged)),
+            _rate(NBYTES, lambda: memory.scatter(range(1), ids, memory.all_heads, staged)),
         )
     finally:
         os.sched_setaffinity(0, before)
