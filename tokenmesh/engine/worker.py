@@ -15,7 +15,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from tokenmesh.engine import group as groups
 from tokenmesh.engine.cpu_kernel import CpuKernel
-from tokenmesh.engine.join import JoinRank
+from tokenmesh.engine.join import JoinRank, joined
 from tokenmesh.engine.rank_specs import RankSpecs
 from tokenmesh.parallel.exchange import Exchange
 from tokenmesh.parallel.local_exchange import LocalExchange
@@ -32,9 +32,11 @@ class TokenParallelCpuWorker(RankSpecs, CPUWorker):
         self._group = groups.activate()
         self._ucx: Any = None
 
-    def join_rank(self, request: bytes) -> str:
-        """Connects a rank to this shard; `request` is a JoinRank. Returns the transport. Raises PeerLostError."""
-        join = msgspec.msgpack.decode(request, type=JoinRank)
+    def join_rank(self, request: bytes) -> tuple[str, str]:
+        """Connects a rank to this shard; `request` is a JoinRank. Returns what `joined` does."""
+        return joined(lambda: self._join(msgspec.msgpack.decode(request, type=JoinRank)))
+
+    def _join(self, join: JoinRank) -> str:
         spec = msgspec.convert(self.rank_spec(), RankSpec)
         exchange, transport = self._connect(join, spec)
         self._group.attach(join.rank, join.epoch, RankPeer(join.rank, exchange, spec))

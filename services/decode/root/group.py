@@ -157,13 +157,14 @@ class Group:
         try:
             # One after the other: every engine worker connects between two steps.
             async with self._joining:
-                transports = await self.engine.llm.collective_rpc("join_rank", args=(msgspec.msgpack.encode(join),))
-        except Exception as error:
+                answers = await self.engine.llm.collective_rpc("join_rank", args=(msgspec.msgpack.encode(join),))
+            why = next((error for _, error in answers if error), "")
+        except Exception as error:  # noqa: BLE001 - vLLM's own, whatever has become of its workers
+            why = str(error)
+        if why:
             await self._detach(rank)
-            raise MeshError(
-                grpc.StatusCode.UNAVAILABLE, Reason.RANK_UNREACHABLE, str(error).strip().splitlines()[-1]
-            ) from error
-        rank.epoch, rank.blocks, rank.transport, rank.error = join.epoch, join.blocks, transports[0], ""
+            raise MeshError(grpc.StatusCode.UNAVAILABLE, Reason.RANK_UNREACHABLE, why.strip().splitlines()[-1])
+        rank.epoch, rank.blocks, rank.transport, rank.error = join.epoch, join.blocks, answers[0][0], ""
         rank.changed.clear()
         rank.attached = True
         self.engine.hub.send("scheduler", AttachRank(rank.rank, join.epoch, join.blocks))

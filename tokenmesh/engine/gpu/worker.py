@@ -17,7 +17,7 @@ from tokenmesh.engine.consumer import RankReport
 from tokenmesh.engine.cpu_kernel import UnsupportedAttentionError
 from tokenmesh.engine.gpu.peer import PeerWatch
 from tokenmesh.engine.gpu.ranks import DeviceRanks
-from tokenmesh.engine.join import JoinRank
+from tokenmesh.engine.join import JoinRank, joined
 from tokenmesh.engine.rank_specs import RankSpecs
 from tokenmesh.engine.settings import ConnectorSettings
 from tokenmesh.parallel.exchange import PeerLostError
@@ -49,9 +49,11 @@ class TokenParallelGpuWorker(RankSpecs, Worker):
         self._ranks.check(max(tables.block_sizes))
         self._ranks.watch(tables)
 
-    def join_rank(self, request: bytes) -> str:
-        """Takes a rank in; `request` is a JoinRank. Returns the transport. Raises PeerLostError."""
-        join = msgspec.msgpack.decode(request, type=JoinRank)
+    def join_rank(self, request: bytes) -> tuple[str, str]:
+        """Takes a rank in; `request` is a JoinRank. Returns what `joined` does."""
+        return joined(lambda: self._join(msgspec.msgpack.decode(request, type=JoinRank)))
+
+    def _join(self, join: JoinRank) -> str:
         if self._here:
             return self._join_here(join)
         if self._watch is None:
