@@ -18,6 +18,7 @@ from services.gateway.pulse import Pulse
 from services.gateway.router import Router
 from tokenmesh.config import MeshConfig
 from tokenmesh.engine.host import engine_args
+from tokenmesh.heap import freeze_heap
 from tokenmesh.lifecycle import RequestState, RequestTable
 from tokenmesh.logs import setup_inherited_logging
 from tokenmesh.model_store import resolve_model
@@ -87,6 +88,7 @@ async def serve(mesh: MeshConfig, replica: int, stop: asyncio.Event) -> None:
             # Building vLLM's app imports packages that take over the root logger.
             setup_inherited_logging()
             servicer.attach(client)
+            freeze_heap()
             with exposed(server.metrics):
                 async with HttpServer(app, listener, grace=10, lifespan="on"):
                     health = asyncio.create_task(_follow_health(router, server))

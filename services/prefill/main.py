@@ -9,6 +9,7 @@ import structlog
 from services.prefill.service import PrefillServicer
 from tokenmesh.config import MeshConfig
 from tokenmesh.engine.host import run_engine
+from tokenmesh.heap import freeze_heap
 from tokenmesh.lifecycle import RequestState
 from tokenmesh.model_store import resolve_model
 from tokenmesh.rpc.admin import AdminServicer
@@ -67,6 +68,7 @@ async def serve(mesh: MeshConfig, replica: int, stop: asyncio.Event) -> None:
             run_engine(mesh, config, model_path, replica, servicer.handle) as engine,
         ):
             servicer.attach(engine)
+            freeze_heap()
             ready = True
             await server.ready()
             log.info("prefill ready", address=server.address)

@@ -185,8 +185,6 @@ async def test_a_killed_rank_costs_time_and_no_token(group: Group, spans: Receiv
     while (await asyncio.to_thread(mesh.status, mesh.root_address)).ranks[2].sequences < 2:
         assert not wave.done()
         await asyncio.sleep(0.05)
-    # On a machine that prefills slowly, some of the first three are done by now.
-    running = [not answer.done() for answer in asked]
     os.kill(victim.pid, signal.SIGKILL)
     killed = time.monotonic()
 
@@ -194,6 +192,7 @@ async def test_a_killed_rank_costs_time_and_no_token(group: Group, spans: Receiv
     while (await asyncio.to_thread(mesh.status, mesh.root_address)).ranks[2].attached:
         assert time.monotonic() - killed < TIMEOUT_S + 5
         await asyncio.sleep(0.05)
+    noticed_ns = time.time_ns()
     print(f"noticed after {time.monotonic() - killed:.2f} s")
 
     # (3) Every stream completes with the same tokens.
@@ -212,12 +211,14 @@ async def test_a_killed_rank_costs_time_and_no_token(group: Group, spans: Receiv
     (hit,) = [trace for trace in through_gateway if 2 in received_on(trace)]
     assert {("gateway", "decode-root"), ("decode-root", "prefill"), ("decode-root", "decode-worker")} == hit.edges()
     met = []
-    for trace, ran in zip(through_gateway, running, strict=True):
+    for trace in through_gateway:
         assert trace.orphans({CLIENT}) == []
         assert not any(span.error for span in trace.spans), [span for span in trace.spans if span.error]
-        if ran:
-            met.append(trace.one(names.DECODE))
-            assert names.RANK_LOST in met[-1].events
+        decode = trace.one(names.DECODE)
+        # On a machine that prefills slowly, some are done before.
+        if decode.end_ns > noticed_ns:
+            assert names.RANK_LOST in decode.events
+            met.append(decode)
     ids = {span.trace_id for span in spans.all()[seen:] if span.name == names.DECODE}
     ids -= {trace_id for trace_id, _ in clients}
     traces = [spans.trace(trace_id) for trace_id in ids]

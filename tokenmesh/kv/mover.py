@@ -20,6 +20,7 @@ import structlog
 import zmq
 import zmq.asyncio
 
+from tokenmesh.heap import freeze_heap
 from tokenmesh.kv import transports
 from tokenmesh.kv.geometry import BlockGeometry, LayerSpan
 from tokenmesh.kv.memory import BlockMemory, KvMemory
@@ -100,6 +101,7 @@ async def _run(args: MoverArgs) -> None:
     relays = Relays(sender.peer)
     receiver = Receiver(args.shard, memory, args.chunk_bytes, args.window, report, relays)
     port = worker.listen(args.port, receiver.serve)
+    freeze_heap()
     report(MoverReady(args.shard, args.host, port, args.geometry))
     log.info("mover ready", host=args.host, port=port)
 

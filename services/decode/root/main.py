@@ -12,6 +12,7 @@ from services.decode.root.handoff import HandOff
 from services.decode.root.service import DecodeServicer
 from tokenmesh.config import MeshConfig
 from tokenmesh.engine.host import run_engine
+from tokenmesh.heap import freeze_heap
 from tokenmesh.kv.messages import RankDetached, StepTimes, ToService
 from tokenmesh.lifecycle import RequestState
 from tokenmesh.model_store import resolve_model
@@ -108,6 +109,7 @@ async def serve(mesh: MeshConfig, replica: int, stop: asyncio.Event) -> None:
             handoff.attach(engine)
             await group.start(engine)
             servicer.attach(engine)
+            freeze_heap()
             ready = True
             await server.ready()
             log.info("decode root ready", address=server.address, prefills=list(prefills))

@@ -9,6 +9,7 @@ import structlog
 from services.decode.worker.processes import ShardProcesses
 from services.decode.worker.service import WorkerServicer
 from tokenmesh.config import MeshConfig
+from tokenmesh.heap import freeze_heap
 from tokenmesh.kv.hub import LinkHub
 from tokenmesh.kv.messages import ToService
 from tokenmesh.lifecycle import RequestTable
@@ -70,6 +71,7 @@ async def serve(mesh: MeshConfig, replica: int, stop: asyncio.Event) -> None:
             try:
                 await shards.ensure(mesh.decode_service.tensor_parallel_size)
                 servicer.attach(shards)
+                freeze_heap()
                 ready = True
                 await server.ready()
                 log.info("decode worker ready", address=server.address)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import structlog
 
+from tokenmesh.heap import freeze_heap
 from tokenmesh.kv.hub import EngineLink
 from tokenmesh.kv.messages import (
     NOT_OPEN,
@@ -275,6 +276,7 @@ def main() -> None:
     importlib.import_module("tokenmesh.engine." + ("gpu.rank" if args.exchange == "nccl" else "cpu_kernel"))
     if args.cores:
         torch.set_num_threads(len(args.cores))
+    freeze_heap()
     Shard(args).run()
 
 
