@@ -76,10 +76,12 @@ class MeshEngineClient(AsyncLLM):
             exception = VLLMValidationError(error.message, parameter=error.metadata.get("param"))
         else:
             exception = GracefulHTTPError(error.message, _HTTP.get(error.code, HTTPStatus.INTERNAL_SERVER_ERROR))
+        # For the gRPC front, which has more to tell than HTTP.
+        exception.__cause__ = error
         # One refused choice of several refuses the request: its siblings must not run on unseen.
         family = list(parent.child_requests) if parent is not None else [request_id]
         self.engine_core.cancel([r for r in family if r != request_id])
-        self.output_processor.abort_requests(family, internal=True)
+        self.output_processor.abort_requests([request_id if parent is None else parent.request_id], internal=True)
         queue.put(exception)
 
     @property

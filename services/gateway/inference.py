@@ -103,6 +103,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         except VLLMClientError as error:
             raise bad_params(error) from error
         except GracefulHTTPError as error:
+            if isinstance(error.__cause__, MeshError):
+                raise error.__cause__ from error
             code = grpc.StatusCode.RESOURCE_EXHAUSTED if error.http_status == 429 else grpc.StatusCode.UNAVAILABLE
             reason = Reason.QUEUE_FULL if error.http_status == 429 else Reason.NO_DECODE_ROOT
             raise MeshError(code, reason, error.message) from error

@@ -176,6 +176,7 @@ class MeshCore:
     ) -> AsyncIterator[EngineCoreOutput]:
         params = request.sampling_params
         assert params is not None
+        _check_text_only(request)
         with _passing_on():
             message = decode_pb2.GenerateRequest(
                 request_id=request.request_id,
@@ -186,6 +187,8 @@ class MeshCore:
                 priority=request.priority,
                 arrival_time=_timestamp(request.arrival_time),
                 local_reason=route.local_reason,
+                reasoning_ended=request.reasoning_ended,
+                reasoning_parser_kwargs=request.reasoning_parser_kwargs,
             )
         stub = decode_pb2_grpc.DecodeServiceStub(route.entry.channel)
         with start_call("tokenmesh.v1.DecodeService/Generate", route.entry.address) as called:
@@ -202,6 +205,7 @@ class MeshCore:
         self, request: EngineCoreRequest, route: Route, span: SequenceSpan
     ) -> AsyncIterator[EngineCoreOutput]:
         """Mode `prefill`: the prompt enters a prefill service's cache; its first token is the whole answer."""
+        _check_text_only(request)
         with _passing_on():
             message = prefill_pb2.PrefillRequest(
                 request_id=request.request_id,
@@ -221,6 +225,17 @@ class MeshCore:
             finish_reason=FinishReason.LENGTH,
             prefill_stats=_prefill_stats(usage),
         )
+
+
+def _check_text_only(request: EngineCoreRequest) -> None:
+    """Raises MeshError for a prompt of more than tokens: answered without the rest, it would be answered wrongly."""
+    more = {
+        "images, audio or video": request.mm_features,
+        "prompt_embeds": request.prompt_embeds is not None,
+        "lora": request.lora_request,
+    }
+    if beyond := [name for name, given in more.items() if given]:
+        raise invalid(Reason.BAD_REQUEST, f"not supported by this version: {', '.join(beyond)}", param="prompt")
 
 
 @contextmanager

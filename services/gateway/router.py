@@ -64,11 +64,16 @@ class Route:
     computing: Peer
     """Who is expected to compute the prompt."""
     prompt_tokens: int
+    computed: bool = False
 
     def prompt_done(self) -> None:
-        """Notes that the prompt is computed. Idempotent."""
+        """Notes that the prompt is computed, and has left the prefill service. Idempotent."""
+        if self.computed:
+            return
+        self.computed = True
         self.computing.pending_tokens -= self.prompt_tokens
-        self.prompt_tokens = 0
+        if self.computing is not self.entry:
+            self.computing.in_flight -= 1
 
 
 @dataclass
@@ -172,16 +177,15 @@ class Router:
             self.prefills.remember(prefix, candidates[0].address)
         computing = candidates[0] if candidates else entry
         route = Route(entry, [c.address for c in candidates], reason, computing, len(token_ids))
-        users = {id(peer): peer for peer in (entry, computing)}.values()
-        for peer in users:
-            peer.in_flight += 1
+        entry.in_flight += 1
+        if computing is not entry:
+            computing.in_flight += 1
         computing.pending_tokens += route.prompt_tokens
         try:
             yield route
         finally:
             route.prompt_done()
-            for peer in users:
-                peer.in_flight -= 1
+            entry.in_flight -= 1
 
     def _prefill_plan(
         self, tokens: int, root: Peer, prefix: int | None
@@ -193,8 +197,11 @@ class Router:
             return [], sampling_pb2.PREFILL_DECISION_DECODE_ONLY
         candidates = self.prefills.ranked(prefix)
         if candidates and self._config.local_prefill_penalty:
-            idlest = min(candidates, key=lambda peer: peer.pending_tokens)
-            if idlest.pending_tokens + tokens > self._config.local_prefill_penalty * (root.pending_tokens + tokens):
+            worth = self._config.local_prefill_penalty * (root.pending_tokens + tokens) - tokens
+            if candidates[0].pending_tokens > worth:
+                # More than its cache is worth; another may have less to do.
+                candidates.sort(key=lambda peer: peer.pending_tokens)
+            if candidates[0].pending_tokens > worth:
                 return [], sampling_pb2.PREFILL_DECISION_PREFILL_BUSY
         return candidates, None
 

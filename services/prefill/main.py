@@ -72,7 +72,7 @@ async def serve(mesh: MeshConfig, replica: int, stop: asyncio.Event) -> None:
             ready = True
             await server.ready()
             log.info("prefill ready", address=server.address)
-            await stop.wait()
+            await engine.serve_until(stop)
             servicer.requests.draining = True
             await server.stop(grace=10)
     finally:

@@ -14,7 +14,7 @@ import torch
 
 from tests.conftest import RunningMesh, free_port, run_mesh
 from tests.gpu.engine_tokens import NEW_TOKENS, STEP_TOKENS, prompts
-from tests.mesh.test_exactness import through_mesh
+from tests.mesh.exact import through_mesh
 from tokenmesh.config import MeshConfig
 from tokenmesh.v1 import sampling_pb2
 

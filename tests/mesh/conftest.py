@@ -10,6 +10,7 @@ import openai
 import pytest
 
 from tests.conftest import RunningMesh
+from tests.mesh.exact import Truth
 from tests.refusals import inference
 from tokenmesh.v1 import inference_pb2, inference_pb2_grpc
 
@@ -42,6 +43,12 @@ def http(mesh: RunningMesh) -> Iterator[httpx.Client]:
 def model(mesh: RunningMesh) -> str:
     """The served model's name."""
     return mesh.config.model_name
+
+
+@pytest.fixture(scope="session")
+def truth(tmp_path_factory: pytest.TempPathFactory) -> Truth:
+    """A plain engine's answers; the first test that asks waits for them."""
+    return Truth(tmp_path_factory.mktemp("truth"))
 
 
 @pytest.fixture(scope="module")

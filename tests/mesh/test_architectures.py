@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.engine_group import engine_group
 from tests.conftest import free_port
-from tests.mesh.test_exactness import plain_engine
+from tests.mesh.exact import Truth, plain_engine, prompts
 from tokenmesh.config import MeshConfig
 
 NEW_TOKENS = 12
@@ -104,10 +104,10 @@ TENSOR_PARALLEL = 3
 
 
 @pytest.mark.timeout(900)
-def test_every_shard_of_the_root_has_a_shard_of_the_worker(tmp_path: Path) -> None:
-    # (1) The truth, from a plain engine with one shard.
-    wave = random_prompts(40_000)[1:7:2]
-    truth = plain_engine(wave, "float32", tmp_path, 6)
+def test_every_shard_of_the_root_has_a_shard_of_the_worker(tmp_path: Path, truth: Truth) -> None:
+    # (1) The truth is a plain engine's with one shard.
+    wave = [ids for ids in prompts() if len(ids) in (17, 128, 256)][:3]
+    want = truth.of(wave, 6)
 
     # (2) Three shards at the root, and a worker that learns from it that it needs three.
     async def on_ranks() -> tuple[list[list[int]], int, list[float]]:
@@ -123,6 +123,6 @@ def test_every_shard_of_the_root_has_a_shard_of_the_worker(tmp_path: Path) -> No
     tokens, steps, attention = asyncio.run(on_ranks())
 
     # (3) Token for token, and the worker's shards did their part.
-    assert tokens == truth
+    assert tokens == want
     assert steps > 0
     assert sum(attention) > 0

@@ -18,8 +18,8 @@ import psutil
 import pytest
 
 from tests.conftest import RunningMesh, free_port, mesh_config, run_mesh
+from tests.mesh.exact import Truth, prompts, through_mesh
 from tests.mesh.test_cancel import rest_body
-from tests.mesh.test_exactness import plain_engine, prompts, through_mesh
 from tests.mesh.test_failover import prompt
 from tests.mesh.test_traces import CLIENT, new_trace
 from tests.otlp import Receiver, Trace
@@ -45,7 +45,7 @@ class Group:
 
 
 @pytest.fixture(scope="module")
-def group(tmp_path_factory: pytest.TempPathFactory, spans: Receiver) -> Iterator[Group]:
+def group(tmp_path_factory: pytest.TempPathFactory, spans: Receiver, truth: Truth) -> Iterator[Group]:
     """KV goes through the root here; the session's mesh pushes it to its owners directly."""
     folder = tmp_path_factory.mktemp("ranks")
     base = mesh_config()
@@ -58,9 +58,8 @@ def group(tmp_path_factory: pytest.TempPathFactory, spans: Receiver) -> Iterator
     worker = base.decode_worker.model_dump() | {"port": two_free_ports()}
     config = MeshConfig(**sections, max_model_len=1024, decode_service=decode, decode_worker=worker)
     wave = [ids for ids in prompts() if 20 <= len(ids) <= 430][:32]
-    truth = plain_engine(wave, "float32", folder, NEW_TOKENS)
     with run_mesh(config, folder / "logs") as mesh:
-        yield Group(mesh, folder / "logs" / "mesh.yaml", wave, truth)
+        yield Group(mesh, folder / "logs" / "mesh.yaml", wave, truth.of(wave, NEW_TOKENS))
 
 
 def two_free_ports() -> int:

@@ -289,6 +289,21 @@ def test_a_lost_rank_and_shared_steps_are_told_on_open_decode_spans(receiver: Re
     assert first.end_ns - first.start_ns == pytest.approx(2e9, abs=5e6)
 
 
+def test_a_lost_rank_stays_in_a_span_of_many_steps(receiver: Receiver) -> None:
+    # 1. A rank is lost, and the sequence decodes for minutes after.
+    steps, now = StepSpans(), time.monotonic()
+    output: Any = SimpleNamespace(metrics=SimpleNamespace(queued_ts=now, scheduled_ts=now, first_token_ts=now))
+    with recording(MESH, "test", 0), bind(WorkContext("r", PARENT)), SequenceSpans(steps) as decoding:
+        decoding.first_token(output, {})
+        steps.lost(RankDetached(1, 7, "gone", 2))
+        for _ in range(200):
+            Context().run(steps.note, StepTimes(3, 0.3, 0.2, {0: 0.1}, []), now)
+    # 2. OpenTelemetry would have dropped what is oldest.
+    events = receiver.trace(TRACE_ID).one(names.DECODE).events
+    assert events[0] == names.RANK_LOST
+    assert set(events[1:]) == {names.STEPS}
+
+
 def test_times_of_another_clock_are_placed_on_ours(receiver: Receiver) -> None:
     # 1. An engine says when it began and ended; another never began.
     now = time.monotonic()

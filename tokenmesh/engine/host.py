@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 GIB = 1 << 30
+
+LIFE_S = 0.5
+"""Between two looks at whether an engine lives."""
 
 CPU_STEP_TOKENS = 256
 """Tokens of a step on CPUs. An abort takes effect between steps, and there 512 tokens can take a second."""
@@ -63,6 +67,9 @@ def engine_args(mesh: MeshConfig, section: EngineConfig, model_path: str, **extr
         values["kv_cache_memory_bytes"] = section.kv_cache_memory_bytes or GIB
         values.pop("gpu_memory_utilization")
         values["max_num_batched_tokens"] = section.max_num_batched_tokens or max(CPU_STEP_TOKENS, max_num_seqs)
+    if isinstance(section, DecodeConfig) and mesh.gateway.reasoning_parser is not None:
+        # The root constrains a structured answer once thinking has ended, and must know its end.
+        values["reasoning_parser"] = mesh.gateway.reasoning_parser
     values.update(section.engine_args)
     values.update(extra)
     return AsyncEngineArgs(**{k: v for k, v in values.items() if v is not None})
@@ -107,6 +114,16 @@ class EngineHost:
         """To be called before a request is submitted: it would wait for the end of an idle step otherwise."""
         for shard in range(self.shards):
             self.hub.send(f"worker-{shard}", Roused())
+
+    async def serve_until(self, stop: asyncio.Event) -> None:
+        """Waits for `stop`. Raises EngineDeadError if the engine dies before: only a new start brings it back."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        while not stop.is_set():
+            if self.llm.errored:
+                raise EngineDeadError()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), LIFE_S)
 
     async def movers_ready(self, timeout: float) -> None:
         """Waits until every shard's mover listens, if there are movers. Raises TimeoutError."""

@@ -36,6 +36,12 @@ _CONSTRAINTS = {"json": "json_schema", "regex": "regex", "grammar": "grammar", "
 _TEXT_ONLY = ("stop", "include_stop_str_in_output", "skip_special_tokens", "spaces_between_special_tokens")
 _CARRIED = tuple(field for field in (*_OPTIONAL, *_FLAGS, *_LISTS, "logit_bias") if field not in _TEXT_ONLY)
 """What a decode root must know."""
+_REFUSED = (
+    *("extra_args", "logprob_token_ids", "prompt_logprob_token_ids", "prompt_logprob_start", "repetition_detection"),
+    *("routed_experts_prompt_start", "thinking_token_budget", "trace_decode_token_ids", "watermarking"),
+)
+"""What vLLM's server takes and the message does not have: an answer as if it had not been asked for would be wrong."""
+_AS_VLLM = SamplingParams()
 
 
 def bad_params(error: Exception) -> MeshError:
@@ -92,8 +98,11 @@ def from_vllm(params: SamplingParams) -> sampling_pb2.SamplingParams:
 
     Raises:
         MeshError: INVALID_ARGUMENT (BAD_SAMPLING_PARAMS) for a value that vLLM's server takes and the message cannot
-            hold, such as a negative token id.
+            hold, such as a negative token id, and for parameters that it does not have.
     """
+    for field in _REFUSED:
+        if getattr(params, field) != getattr(_AS_VLLM, field):
+            raise invalid(Reason.BAD_SAMPLING_PARAMS, f"{field} is not supported by this version", param=field)
     message = sampling_pb2.SamplingParams()
     # One by one, as protobuf does not say which field it refuses.
     for field in _CARRIED:

@@ -7,9 +7,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from typing import TYPE_CHECKING
 
 import msgspec
+import structlog
 import torch
 import zmq
 
@@ -22,6 +24,9 @@ from tokenmesh.kv.shares import DeviceShare, HostShare, KvShare
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+
+log = structlog.get_logger()
 
 
 class UnsupportedKvCacheError(Exception):
@@ -74,6 +79,8 @@ class SharedKv:
             pass_fds=inherited,
             env=_mover_environment(),
         )
+        self._closing = False
+        threading.Thread(target=self._end_with_mover, name="mover-watch", daemon=True).start()
         self._context = zmq.Context()
         self._commands = self._context.socket(zmq.PUSH)
         self._commands.setsockopt(zmq.LINGER, 0)
@@ -94,8 +101,19 @@ class SharedKv:
     def _tell(self, message: ToMover) -> None:
         self._commands.send(encode(message), zmq.NOBLOCK)
 
+    def _end_with_mover(self) -> None:
+        """Without its mover a worker would wait for KV that never comes, and hold blocks that nobody frees.
+
+        Whoever started this process sees that it has ended, and starts both anew.
+        """
+        code = self._process.wait()
+        if not self._closing:
+            log.critical("the mover has ended by itself, and so does this process", exit_code=code)
+            os._exit(1)
+
     def close(self) -> None:
         """Ends the mover."""
+        self._closing = True
         if self._order is not None:
             self._order.close()
         self._context.destroy(linger=0)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import asyncio
 
 import numpy as np
+import structlog
 
+from tokenmesh.kv import wire
 from tokenmesh.kv.memory import Payload
 from tokenmesh.kv.ucx import UcxEndpoint, UcxError
 from tokenmesh.kv.wire import HEADER_BYTES, HEADER_CHANNEL, PAYLOAD_CHANNEL, Header, Kind, WireError
+
+log = structlog.get_logger()
 
 
 class SendError(Exception):
@@ -40,7 +44,12 @@ class Peer:
             parts = [self._endpoint.send(header.to_buffer(), HEADER_CHANNEL)]
             if payload is not None:
                 parts.append(self._endpoint.send(payload, PAYLOAD_CHANNEL, bulk=True))
-            await asyncio.wait(parts)
+            _, stuck = await asyncio.wait(parts, timeout=wire.STALL_S)
+            if stuck:
+                # UCX notices a process that has died, but not one that has stopped; others wait for what it holds.
+                log.warning("a kv owner takes nothing any more", after_s=wire.STALL_S)
+                await self.close()
+                await asyncio.wait(stuck)
         for error in [part.exception() for part in parts]:
             if error is not None:
                 raise SendError(f"lost the KV owner: {error}")
@@ -68,14 +77,17 @@ class Peer:
                 if header.kind is Kind.RECEIPT and future is not None and not future.done():
                     future.set_result(header)
         except (UcxError, WireError) as error:
-            self.failure = SendError(f"lost the KV owner: {error}")
-            for future in self._receipts.values():
-                if not future.done():
-                    future.set_exception(self.failure)
+            self._fail(SendError(f"lost the KV owner: {error}"))
+
+    def _fail(self, failure: Exception) -> None:
+        self.failure = self.failure or failure
+        for future in self._receipts.values():
+            if not future.done():
+                future.set_exception(self.failure)
 
     async def close(self) -> None:
         """Closes the endpoint; transfers still using it fail."""
-        self.failure = self.failure or SendError("lost the KV owner: closed")
+        self._fail(SendError("lost the KV owner: closed"))
         self._reader.cancel()
         await asyncio.gather(self._reader, return_exceptions=True)
         self._endpoint.close()

@@ -106,9 +106,11 @@ class Sender:
         """The connection to an owner, made once and made again after it broke. Raises SendError."""
         task = self._peers.get((host, port))
         if task is not None and task.done() and (task.cancelled() or task.exception() or task.result().failure):
+            # Before waiting: others who find it broken meanwhile must make one new connection, not one each.
+            del self._peers[host, port]
             if not task.cancelled() and not task.exception():
                 await task.result().close()
-            task = None
+            task = self._peers.get((host, port))
         if task is None:
             task = self._peers[host, port] = asyncio.create_task(self._connect(host, port))
         return await asyncio.shield(task)

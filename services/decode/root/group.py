@@ -35,6 +35,7 @@ log = structlog.get_logger()
 
 ATTACH_TIMEOUT_S = 60.0
 RETRY_S = 1.0
+LONGEST_RETRY_S = 30.0
 WATCH_S = 1.0
 STATS_TIMEOUT_S = 2.0
 SILENCES = 3
@@ -111,6 +112,10 @@ class Group:
         known = self.ranks[rank - 1] if rank <= len(self.ranks) else None
         return known.owner if known is not None and known.attached else None
 
+    def owns(self, owner: KvOwner) -> bool:
+        """Whether it still is one: a rank that was lost and is back has another owner."""
+        return owner is self._root or any(rank.attached and rank.owner is owner for rank in self.ranks)
+
     def owners(self) -> list[KvOwner]:
         """All that prefill services should be connected to."""
         found = [self.owner(rank) for rank in range(len(self.ranks) + 1)]
@@ -138,18 +143,21 @@ class Group:
 
     async def _keep(self, rank: Rank) -> None:
         """Attaches a rank, watches it, and attaches it again when it has gone. Runs until cancelled."""
-        told = ""
+        told, pause = "", RETRY_S
         while True:
             try:
                 await self._attach(rank)
-                told = ""
+                told, pause = "", RETRY_S
                 await self._watch(rank)
             except MeshError as error:
+                if error.reason is Reason.RANK_UNREACHABLE:
+                    # The engine stood still while it tried to connect.
+                    pause = min(2 * pause, LONGEST_RETRY_S)
                 rank.error = f"{error.reason.value}: {error.message}"
                 if told != rank.error:
                     told = rank.error
                     log.warning("rank not attached", rank=rank.rank, worker=rank.address, error=rank.error)
-            await asyncio.sleep(RETRY_S)
+            await asyncio.sleep(pause)
 
     async def _attach(self, rank: Rank) -> None:
         """Raises MeshError."""

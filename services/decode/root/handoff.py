@@ -18,6 +18,7 @@ import grpc
 import structlog
 
 from services.decode.root.group import Group
+from services.decode.root.owners import KvOwner
 from tokenmesh.config import DecodeConfig
 from tokenmesh.context import WorkContext, bind
 from tokenmesh.engine.host import EngineHost
@@ -28,6 +29,7 @@ from tokenmesh.parallel.ids import split_owner
 from tokenmesh.rpc.calls import calling
 from tokenmesh.rpc.channel import open_channel
 from tokenmesh.rpc.errors import MeshError, Reason, unavailable
+from tokenmesh.tasks import to_the_end
 from tokenmesh.telemetry import span_names, tracing
 from tokenmesh.telemetry.metrics import Metrics
 from tokenmesh.telemetry.tickets import receipt_attributes
@@ -66,6 +68,16 @@ class Prompt:
     """Called when the engine starts to wait for this prompt's KV."""
 
 
+@dataclass(frozen=True)
+class _Landing:
+    """Where a prompt's KV goes."""
+
+    rank: int
+    owner: KvOwner
+    blocks: list[int]
+    """The owner's ids."""
+
+
 class HandOff:
     """All prompts of a decode root that are being prefilled elsewhere."""
 
@@ -76,7 +88,7 @@ class HandOff:
         self._metrics = TransferMetrics(metrics)
         self._engine: EngineHost | None = None
         self._prompts: dict[str, Prompt] = {}
-        self._fetches: dict[str, asyncio.Task[None]] = {}
+        self._fetches: dict[str, asyncio.Task[bool]] = {}
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._down_since: dict[str, float] = {}
         self._codecs = LinkCodecs(config.kv_transfer.codec)
@@ -121,7 +133,7 @@ class HandOff:
             case WantKv():
                 task = asyncio.create_task(self._fetch(message))
                 self._fetches[message.request_id] = task
-                task.add_done_callback(lambda _: self._fetches.pop(message.request_id, None))
+                task.add_done_callback(lambda task: self._over(message, task))
             case DropKv(request_id):
                 if request_id in self._fetches:
                     self._fetches[request_id].cancel()
@@ -132,29 +144,41 @@ class HandOff:
             case _:
                 log.warning("unexpected message", message=type(message).__name__)
 
-    async def _fetch(self, want: WantKv) -> None:
+    def _over(self, want: WantKv, fetch: asyncio.Task[bool]) -> None:
+        """Tells the engine's workers. A fetch that was cancelled before it began could not do so itself."""
+        self._fetches.pop(want.request_id, None)
+        arrived = not fetch.cancelled() and fetch.result()
+        for shard in range(self.engine.shards):
+            self.engine.hub.send(f"worker-{shard}", KvArrived(want.request_id, arrived))
+
+    async def _fetch(self, want: WantKv) -> bool:
+        """Returns whether the KV has arrived; raises nothing but CancelledError."""
         prompt = self._prompts.get(want.key)
+        if prompt is None:
+            return False
         arrived = False
         try:
-            if prompt is not None:
-                prompt.on_wait()
-                with bind(prompt.work), tracing.span(span_names.REMOTE_PREFILL) as whole:
-                    arrived = await self._try_candidates(want, prompt)
-                    if not arrived:
-                        whole.fail(Reason.KV_TRANSFER_FAILED.value, "computed on the root instead")
-                prompt.failed = not arrived
+            prompt.on_wait()
+            with bind(prompt.work), tracing.span(span_names.REMOTE_PREFILL) as whole:
+                arrived = await self._try_candidates(want, prompt)
+                if not arrived:
+                    whole.fail(Reason.KV_TRANSFER_FAILED.value, "computed on the root instead")
         except asyncio.CancelledError:
             log.info("remote prefill cancelled", engine_request=want.request_id)
+            raise
         except Exception:
             # The prompt is computed here instead; the fault must not take other requests along.
             log.exception("remote prefill failed unexpectedly", engine_request=want.request_id)
-            if prompt is not None:
-                prompt.failed = True
-        finally:
-            for shard in range(self.engine.shards):
-                self.engine.hub.send(f"worker-{shard}", KvArrived(want.request_id, arrived))
+        prompt.failed = not arrived
+        return arrived
 
     async def _try_candidates(self, want: WantKv, prompt: Prompt) -> bool:
+        rank, blocks = split_owner(want.blocks)
+        # Of this moment: if the rank goes and comes back, the same block ids are other sequences'.
+        owner = self._group.owner(rank)
+        if owner is None:
+            return self._unreachable(rank)
+        landing = _Landing(rank, owner, blocks)
         deadline = time.monotonic() + self._config.kv_transfer.timeout_s
         for number, address in enumerate(sorted(prompt.candidates, key=self._recently_down), start=1):
             left = deadline - time.monotonic()
@@ -162,11 +186,13 @@ class HandOff:
                 log.warning("remote prefill out of time", after_s=self._config.kv_transfer.timeout_s)
                 self.failures[Reason.DEADLINE_EXCEEDED.value] += 1
                 return False
+            if not self._group.owns(owner):
+                return self._unreachable(rank)
             begun = time.monotonic()
             try:
                 attributes: dict[str, tracing.Value] = {span_names.PREFILL: address, span_names.ATTEMPT: number}
                 with tracing.span(span_names.PREFILL_ATTEMPT, attributes) as attempt:
-                    prompt.receipt = await self._attempt(want, prompt, address, left, attempt)
+                    prompt.receipt = await self._attempt(want, prompt, landing, address, left, attempt)
                 self._metrics.attempt("OK", time.monotonic() - begun)
                 return True
             except MeshError as error:
@@ -177,20 +203,21 @@ class HandOff:
                     return False
         return False
 
+    def _unreachable(self, rank: int) -> bool:
+        self.failures[Reason.KV_OWNER_UNREACHABLE.value] += 1
+        log.warning("remote prefill failed", rank=rank, reason=Reason.KV_OWNER_UNREACHABLE.value)
+        return False
+
     def _recently_down(self, address: str) -> bool:
         return time.monotonic() - self._down_since.get(address, -RETRY_AFTER_S) < RETRY_AFTER_S
 
     async def _attempt(
-        self, want: WantKv, prompt: Prompt, address: str, timeout: float, span: tracing.Span
+        self, want: WantKv, prompt: Prompt, landing: _Landing, address: str, timeout: float, span: tracing.Span
     ) -> kv_pb2.KvReceipt:
         """One ticket, one call. Returns what arrived; raises MeshError, and in every case leaves the ticket closed."""
-        rank, blocks = split_owner(want.blocks)
-        owner = self._group.owner(rank)
-        if owner is None:
-            raise unavailable(Reason.KV_OWNER_UNREACHABLE, f"nothing can be written to rank {rank} now")
         transfer_id = secrets.token_bytes(16)
-        span.set({span_names.RANK: rank, span_names.TRANSFER_ID: span_names.transfer_name(transfer_id)})
-        codec = self._codecs.of(address)
+        span.set({span_names.RANK: landing.rank, span_names.TRANSFER_ID: span_names.transfer_name(transfer_id)})
+        owner, codec = landing.owner, self._codecs.of(address)
         request = prefill_pb2.PrefillRequest(
             request_id=prompt.request_id,
             prompt_token_ids=prompt.token_ids,
@@ -199,7 +226,7 @@ class HandOff:
                 shards=owner.shards,
                 geometry=self.engine.movers[0].geometry.to_proto(),
                 start_token=want.start_token,
-                block_ids=blocks,
+                block_ids=landing.blocks,
                 codec=codec_label(codec),
             ),
             cache_salt=prompt.cache_salt,
@@ -209,7 +236,9 @@ class HandOff:
         call: MeshError | None = None
         reply: prefill_pb2.PrefillResponse | None = None
         try:
-            await owner.expect(transfer_id, blocks, codec)
+            await owner.expect(transfer_id, landing.blocks, codec)
+            if not self._group.owns(owner):
+                raise unavailable(Reason.KV_OWNER_UNREACHABLE, "the rank has gone since its blocks were reserved")
             stub = prefill_pb2_grpc.PrefillServiceStub(self._channel(address))
             with calling("tokenmesh.v1.PrefillService/Prefill", address) as metadata:
                 reply = await stub.Prefill(request, timeout=timeout, metadata=metadata)
@@ -218,8 +247,8 @@ class HandOff:
             if call.code is grpc.StatusCode.UNAVAILABLE:
                 self._down_since[address] = time.monotonic()
         finally:
-            # Shielded: a cancelled request must not leave its ticket open.
-            outcome = await asyncio.shield(owner.settle(transfer_id))
+            # The engine gives the blocks to others once this has ended, also where the request was cancelled.
+            outcome = await to_the_end(owner.settle(transfer_id))
         if call is not None:
             if outcome.error:
                 log.info("kv owner's view", transfer=transfer_id.hex()[:8], error=outcome.error)
@@ -239,7 +268,7 @@ class HandOff:
         log.info(
             "kv arrived",
             prefill=address,
-            rank=rank,
+            rank=landing.rank,
             bytes=receipt.bytes,
             seconds=round(receipt.seconds, 4),
             exposed_s=round(receipt.exposed_seconds, 4),

@@ -114,7 +114,7 @@ async def serve(mesh: MeshConfig, replica: int, stop: asyncio.Event) -> None:
             await server.ready()
             log.info("decode root ready", address=server.address, prefills=list(prefills))
             keepers = [asyncio.create_task(handoff.keep_connected(address)) for address in prefills]
-            await stop.wait()
+            await engine.serve_until(stop)
             servicer.requests.draining = True
             await server.stop(grace=10)
             for keeper in keepers:

@@ -9,13 +9,16 @@ from tokenmesh.kv.messages import RankDetached, StepTimes
 from tokenmesh.telemetry import span_names as names
 from tokenmesh.telemetry.tracing import Span, Value, enabled, record, start
 
+MOST_REPORTS = 64
+"""Events of one span about its steps. OpenTelemetry keeps 128 and drops the oldest; what happens once must stay."""
+
 
 class StepSpans:
     """Shared steps, which belong to all sequences that were decoding."""
 
     def __init__(self) -> None:
-        self.decoding: set[Span] = set()
-        """Open decode spans."""
+        self.decoding: dict[Span, int] = {}
+        """Open decode spans, and how many reports each has had."""
 
     def note(self, times: StepTimes, now: float) -> None:
         """Takes a report that ends now, a time of time.monotonic()."""
@@ -35,8 +38,10 @@ class StepSpans:
         start(
             names.STEPS, attributes, at=now - times.step_seconds, links=[link for link in links if link is not None]
         ).end(at=now)
-        for span in self.decoding:
-            span.event(names.STEPS, attributes)
+        for span, reports in self.decoding.items():
+            if reports < MOST_REPORTS:
+                self.decoding[span] = reports + 1
+                span.event(names.STEPS, attributes)
 
     def lost(self, message: RankDetached) -> None:
         """A rank has left. Which sequences were its own only the scheduler knows."""
@@ -64,7 +69,7 @@ class SequenceSpans:
         self._phase.end(at=stats.scheduled_ts or None)
         record(names.FIRST_TOKEN, stats.scheduled_ts, stats.first_token_ts, attributes)
         self._phase = self._decode = start(names.DECODE, at=stats.first_token_ts or None)
-        self._steps.decoding.add(self._decode)
+        self._steps.decoding[self._decode] = 0
 
     def finished(self, finish_reason: str, tokens: int) -> None:
         """The last message is there."""
@@ -75,5 +80,5 @@ class SequenceSpans:
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if self._decode is not None:
-            self._steps.decoding.discard(self._decode)
+            self._steps.decoding.pop(self._decode, None)
         self._phase.end(error)

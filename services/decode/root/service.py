@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import structlog
+from google.protobuf.json_format import MessageToDict
 from vllm import TokensPrompt
 from vllm.exceptions import VLLMClientError
 from vllm.outputs import RequestOutput
@@ -99,7 +100,10 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
                     prompt.on_wait = lambda: _waits(live, spans)
                 first = True
                 engine.rouse()
-                async for output in engine.llm.generate(tokens, params, request.request_id, priority=request.priority):
+                outputs = engine.llm.generate(
+                    tokens, params, request.request_id, priority=request.priority, **_reasoning(request)
+                )
+                async for output in outputs:
                     response = _response(output)
                     if first or output.finished:
                         response.usage.CopyFrom(_usage(output, live, prompt))
@@ -239,6 +243,16 @@ def _usage(output: RequestOutput, live: LiveRequest, prompt: Prompt | None) -> s
         # vLLM counts fetched KV as cached; to a client, cached is what nobody had to compute.
         cached_tokens=prompt.cached_tokens if prompt is not None and arrived else output.num_cached_tokens or 0,
     )
+
+
+def _reasoning(request: decode_pb2.GenerateRequest) -> dict[str, Any]:
+    """What vLLM's structured outputs must know of thinking, as arguments of generate()."""
+    values: dict[str, Any] = {}
+    if request.HasField("reasoning_ended"):
+        values["reasoning_ended"] = request.reasoning_ended
+    if request.HasField("reasoning_parser_kwargs"):
+        values["reasoning_parser_kwargs"] = MessageToDict(request.reasoning_parser_kwargs)
+    return values
 
 
 def _response(output: RequestOutput) -> decode_pb2.GenerateResponse:

@@ -40,6 +40,7 @@ from tokenmesh.parallel.rank import LayerSpec, RankSpec
 from tokenmesh.parallel.rows import HeadShape
 from tokenmesh.rpc.errors import MeshError, Reason, invalid, unavailable
 from tokenmesh.rpc.server import Context
+from tokenmesh.tasks import to_the_end
 from tokenmesh.telemetry.tickets import TicketSpans
 from tokenmesh.v1 import kv_pb2, worker_pb2, worker_pb2_grpc
 
@@ -214,6 +215,10 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         self.attached = None
         self._states.clear()
         self._spans.close_all(reason)
+        # Callers may go before the shards have answered; what they answer then must not be taken for another's end.
+        await to_the_end(self._close_shards())
+
+    async def _close_shards(self) -> None:
         try:
             await self._answers(ShardClosed, CloseShard(), self.shards.numbers, CLOSE_TIMEOUT_S)
         except TimeoutError:

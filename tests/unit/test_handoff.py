@@ -1,0 +1,198 @@
+"""The hand-off of a decode root: what became of a prompt's KV is told once, and only when nobody can write it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import grpc
+import pytest
+
+from services.decode.root.handoff import HandOff, Prompt
+from tests.unit.fake_service import free_ports
+from tokenmesh.config import DecodeConfig
+from tokenmesh.context import WorkContext
+from tokenmesh.kv.geometry import BlockGeometry
+from tokenmesh.kv.messages import DropKv, KvArrived, WantKv
+from tokenmesh.kv.settling import Outcome
+from tokenmesh.parallel.ids import STRIDE
+from tokenmesh.rpc.server import RpcServer
+from tokenmesh.telemetry.metrics import Metrics
+from tokenmesh.v1 import kv_pb2, prefill_pb2, prefill_pb2_grpc
+
+GEOMETRY = BlockGeometry(1, 1, 64, 128, "float32", 65536, "hnd")
+BLOCKS = [STRIDE + 10, STRIDE + 11]
+
+
+class Owner:
+    """Of rank 1's blocks. Notes what it is asked."""
+
+    def __init__(self, told: list[Any], name: str, settles: asyncio.Event | None = None) -> None:
+        self.shards = [kv_pb2.KvShard(host="127.0.0.1", port=1)]
+        self._told = told
+        self._name = name
+        self._settles = settles
+
+    async def expect(self, transfer_id: bytes, blocks: list[int], codec: str) -> None:
+        self._told.append((self._name, "expects", blocks))
+
+    async def settle(self, transfer_id: bytes) -> Outcome:
+        if self._settles is not None:
+            await self._settles.wait()
+        self._told.append((self._name, "settled"))
+        return Outcome(True, "", kv_pb2.KvReceipt(bytes=1))
+
+
+class Group:
+    """Of one other rank, which may come back as another owner."""
+
+    def __init__(self, owner: Owner) -> None:
+        self.current = owner
+
+    def owner(self, rank: int) -> Any:
+        return self.current
+
+    def owns(self, owner: Any) -> bool:
+        return owner is self.current
+
+
+class Prefill(prefill_pb2_grpc.PrefillServiceServicer):
+    """Does what the test says."""
+
+    def __init__(self) -> None:
+        self.called = asyncio.Event()
+        self.may_answer = asyncio.Event()
+        self.fails = False
+
+    async def Prefill(self, request: Any, context: Any) -> prefill_pb2.PrefillResponse:
+        self.called.set()
+        await self.may_answer.wait()
+        if self.fails:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "no")
+        return prefill_pb2.PrefillResponse(receipt=kv_pb2.KvReceipt(bytes=1))
+
+
+@asynccontextmanager
+async def serving(count: int = 1) -> AsyncIterator[list[tuple[str, Prefill]]]:
+    servers, found = [], []
+    for port in free_ports(count):
+        server, prefill = RpcServer("127.0.0.1", port), Prefill()
+        prefill_pb2_grpc.add_PrefillServiceServicer_to_server(prefill, server.server)
+        await server.start()
+        servers.append(server)
+        found.append((server.address, prefill))
+    try:
+        yield found
+    finally:
+        for server in servers:
+            await server.stop(grace=0)
+
+
+class Root:
+    """A hand-off with an engine that only listens."""
+
+    def __init__(self, *addresses: str, settles: asyncio.Event | None = None) -> None:
+        self.told: list[Any] = []
+        self._heard = asyncio.Event()
+        self.group: Any = Group(Owner(self.told, "owner", settles))
+        self.handoff = HandOff(DecodeConfig(), "root", self.group, Metrics())
+        mover = SimpleNamespace(geometry=GEOMETRY, host="127.0.0.1", port=1)
+        hub = SimpleNamespace(send=self._send)
+        engine: Any = SimpleNamespace(shards=1, hub=hub, movers={0: mover})
+        self.handoff.attach(engine)
+        work = WorkContext.from_headers({}, "r")
+        self.prompt = Prompt("r", list(range(200)), addresses, work)
+
+    def _send(self, peer: str, message: Any) -> None:
+        self.told.append((peer, message))
+        self._heard.set()
+
+    def want(self) -> None:
+        self.handoff.handle(WantKv("r-0", "r", 0, 200, BLOCKS))
+
+    async def heard(self) -> None:
+        """Until the engine has been told."""
+        await asyncio.wait_for(self._heard.wait(), 5)
+
+    @property
+    def arrivals(self) -> list[Any]:
+        return [entry for entry in self.told if isinstance(entry[1], KvArrived)]
+
+
+@pytest.fixture
+def anyhow() -> KvArrived:
+    return KvArrived("r-0", False)
+
+
+async def test_a_prompt_given_up_before_anything_began_is_told_too(anyhow: KvArrived) -> None:
+    # 1. The scheduler's two messages are read in one turn of the loop.
+    root = Root("127.0.0.1:1")
+    with root.handoff.registered("r", root.prompt):
+        root.want()
+        root.handoff.handle(DropKv("r-0"))
+        # 2. The blocks would never be freed if the workers did not hear of it.
+        await root.heard()
+    assert root.told == [("worker-0", anyhow)]
+    assert root.handoff.open == 0
+
+
+async def test_a_prompt_given_up_while_its_ticket_is_being_closed_waits_for_that(anyhow: KvArrived) -> None:
+    settles = asyncio.Event()
+    async with serving() as [(address, prefill)]:
+        root = Root(address, settles=settles)
+        with root.handoff.registered("r", root.prompt):
+            # 1. The call has failed, and the owner takes its time to close the ticket.
+            root.want()
+            await prefill.called.wait()
+            prefill.fails = True
+            prefill.may_answer.set()
+            await asyncio.sleep(0.2)
+            # 2. The client gives up.
+            root.handoff.handle(DropKv("r-0"))
+            await asyncio.sleep(0.2)
+            assert root.arrivals == []
+            # 3. The engine hears of it once nothing can be written any more.
+            settles.set()
+            await root.heard()
+        assert root.told[-2:] == [("owner", "settled"), ("worker-0", anyhow)]
+        await root.handoff.close()
+
+
+async def test_a_rank_that_is_back_is_another_owner(anyhow: KvArrived) -> None:
+    async with serving(2) as [(first, slow), (second, other)]:
+        root = Root(first, second)
+        other.may_answer.set()
+        with root.handoff.registered("r", root.prompt):
+            # 1. The rank goes and comes back while the first service computes: its ids are other sequences' now.
+            root.want()
+            await slow.called.wait()
+            root.group.current = Owner(root.told, "the next owner")
+            slow.fails = True
+            slow.may_answer.set()
+            await root.heard()
+        # 2. No other service is sent there, by whatever name.
+        assert not other.called.is_set()
+        assert not [entry for entry in root.told if entry[0] == "the next owner"]
+        assert root.arrivals == [("worker-0", anyhow)]
+        assert root.prompt.failed
+        await root.handoff.close()
+
+
+async def test_what_arrived_is_told_as_such() -> None:
+    async with serving() as [(address, prefill)]:
+        root = Root(address)
+        prefill.may_answer.set()
+        with root.handoff.registered("r", root.prompt):
+            root.want()
+            await root.heard()
+        assert root.told == [
+            ("owner", "expects", [10, 11]),
+            ("owner", "settled"),
+            ("worker-0", KvArrived("r-0", True)),
+        ]
+        assert not root.prompt.failed
+        assert root.prompt.receipt is not None
+        await root.handoff.close()
