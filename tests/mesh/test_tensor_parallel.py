@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.conftest import free_port, run_mesh
@@ -61,3 +62,24 @@ def test_tokens_are_those_of_a_plain_engine(
         assert [tokens for tokens, _ in local] == truth.of(here)
         # (3) Nothing is left.
         assert not any(mesh.wait_idle().values()), mesh.held()
+        # (4) A mover dies: its service ends, for whoever watches it, and the root computes.
+        service = prefill_process(tmp_path / "mesh.yaml")
+        (mover, *_) = [p for p in service.children(recursive=True) if "tokenmesh.kv.mover" in p.cmdline()]
+        mover.kill()
+        service.wait(timeout=60)
+        mesh.reset_caches()
+        ((tokens, decision),) = asyncio.run(through_mesh(mesh, some[:1], concurrent=1))
+        assert [tokens] == truth.of(some[:1])
+        assert decision in (
+            sampling_pb2.PREFILL_DECISION_NO_PREFILL,
+            sampling_pb2.PREFILL_DECISION_PREFILL_FAILED,
+        )
+
+
+def prefill_process(file: Path) -> psutil.Process:
+    """The process of a mesh's prefill service."""
+    for process in psutil.process_iter(["cmdline"]):
+        line = process.info["cmdline"] or []
+        if "prefill" in line and str(file) in line:
+            return process
+    raise AssertionError("no such service")

@@ -264,6 +264,35 @@ async def test_a_computed_prompt_no_longer_counts_as_queued(make: MakeRouter) ->
     assert router.prefills.peers[0].pending_tokens == 0
 
 
+async def test_a_service_that_is_back_shares_the_prompts(make: MakeRouter) -> None:
+    router = make(roots=(A,), prefills=(P, Q), local_prefill_penalty=0)
+    router.prefills.peers[1].up = False
+    with ExitStack() as stack:
+        # 1. One service has computed twenty prompts that decode now; then the other comes back.
+        for _ in range(20):
+            stack.enter_context(router.route(PROMPT, "", set())).prompt_done()
+        assert in_flight(router) == {A: 20}
+        router.prefills.peers[1].up = True
+        # 2. The next ones are spread: what has left a service is no load there.
+        prompts = [list(range(n, n + 100)) for n in range(20)]
+        routes = [stack.enter_context(router.route(prompt, "", set())) for prompt in prompts]
+        assert in_flight(router) == {A: 40, P: 10, Q: 10}
+    assert {route.candidates[0] for route in routes} == {P, Q}
+    assert not in_flight(router)
+
+
+async def test_a_favourite_with_too_much_to_do_is_passed_over(make: MakeRouter) -> None:
+    router = make(roots=(A,), prefills=(P, Q), local_prefill_penalty=1.5)
+    prompt = list(range(100))
+    with ExitStack() as stack:
+        # 1. A prefix has its favourite, which is busy with three prompts; the other service is idle.
+        for _ in range(3):
+            router.prefills.remember(router._prefix(prompt, ""), P)
+            router.prefills.peers[0].pending_tokens = 300
+        # 2. The idle one computes the next, not the root.
+        assert stack.enter_context(router.route(prompt, "", set())).candidates == [Q, P]
+
+
 async def test_without_a_penalty_prompts_wait_for_prefill_services(make: MakeRouter) -> None:
     router = make(roots=(A,), prefills=(P,), local_prefill_penalty=0)
     with ExitStack() as stack:

@@ -297,3 +297,22 @@ def test_a_prompt_of_one_token_has_no_rows() -> None:
 def test_a_last_message_without_tokens_has_no_rows() -> None:
     # 1. vLLM's answer to an abort has no new tokens, and an empty list of log-probabilities.
     assert _logprobs(logprobs_to_proto(flat())).logprobs.shape[0] == 0
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"logprob_token_ids": [5], "logprobs": 1},
+        {"extra_args": {"anything": 1}},
+        {"repetition_detection": {"max_pattern_size": 3, "min_count": 3}},
+    ],
+    ids=lambda given: next(iter(given)),
+)
+def test_what_the_message_does_not_have_is_refused(given: dict[str, Any]) -> None:
+    # 1. vLLM's server takes it; a root would answer as if it had not been asked.
+    field = next(iter(given))
+    with pytest.raises(MeshError, match=field) as caught:
+        from_vllm(SamplingParams(**given))
+    # 2. The client is told which it is.
+    assert caught.value.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert caught.value.metadata["param"] == field

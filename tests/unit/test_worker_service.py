@@ -311,3 +311,28 @@ async def test_an_attach_that_is_cancelled_holds_nothing(worker: Worker) -> None
         await task
     assert len(worker.shards.told(CloseShard)) == 2
     await worker.nothing_is_left()
+
+
+async def test_a_detach_that_is_cut_short_closes_nobody_elses_shards(worker: Worker) -> None:
+    # 1. Shards take their time to close, and the root's patience ends before.
+    await worker.attach()
+    worker.shards.silent.add(CloseShard)
+    detaching = asyncio.create_task(worker.call("Detach", decode_root_id="root"))
+    await worker.shards.asked.wait()
+    detaching.cancel()
+    worker.shards.silent.clear()
+    # 2. The root attaches again. That waits for the shards, whose late answers say nothing about it.
+    again = asyncio.create_task(worker.attach())
+    await asyncio.sleep(0.05)
+    assert not again.done()
+    for shard in range(2):
+        worker.shards.is_open[shard] = False
+        worker.servicer.handle(ShardClosed(shard, "detached"))
+    await again
+    await asyncio.sleep(0.05)
+    # 3. It stays attached.
+    assert worker.servicer.attached is not None
+    assert worker.shards.is_open == {0: True, 1: True}
+    assert worker.shards.restarts == 0
+    await worker.call("Detach", decode_root_id="root")
+    await worker.nothing_is_left()

@@ -101,7 +101,8 @@ def from_vllm(params: SamplingParams) -> sampling_pb2.SamplingParams:
             hold, such as a negative token id, and for parameters that it does not have.
     """
     for field in _REFUSED:
-        if getattr(params, field) != getattr(_AS_VLLM, field):
+        value = getattr(params, field)
+        if value is not False and value != getattr(_AS_VLLM, field):
             raise invalid(Reason.BAD_SAMPLING_PARAMS, f"{field} is not supported by this version", param=field)
     message = sampling_pb2.SamplingParams()
     # One by one, as protobuf does not say which field it refuses.

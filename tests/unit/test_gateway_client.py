@@ -1,0 +1,158 @@
+"""vLLM's front end over a decode root that only says what roots would say: refusals, and what reaches the root."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import grpc
+import pytest
+from vllm import SamplingParams, TokensPrompt
+from vllm.config import VllmConfig
+from vllm.exceptions import GracefulHTTPError
+from vllm.usage.usage_lib import UsageContext
+
+from services.gateway.engine_client import MeshEngineClient
+from services.gateway.inference import InferenceServicer
+from services.gateway.mesh_core import _check_text_only
+from services.gateway.pulse import Pulse
+from services.gateway.router import Router
+from tests.unit.fake_service import free_ports
+from tokenmesh.config import MeshConfig
+from tokenmesh.engine.host import engine_args
+from tokenmesh.lifecycle import RequestTable
+from tokenmesh.model_store import resolve_model
+from tokenmesh.rpc.errors import MeshError, Reason, abort
+from tokenmesh.rpc.server import RpcServer
+from tokenmesh.v1 import decode_pb2, decode_pb2_grpc, inference_pb2, inference_pb2_grpc, sampling_pb2
+
+PROMPT = TokensPrompt(prompt_token_ids=[1, 2, 3])
+
+
+class Root(decode_pb2_grpc.DecodeServiceServicer):
+    """Refuses, or answers with one token."""
+
+    def __init__(self) -> None:
+        self.refusal: MeshError | None = None
+        self.requests: list[decode_pb2.GenerateRequest] = []
+
+    async def GetLoad(self, request: Any, context: Any) -> decode_pb2.GetLoadResponse:
+        return decode_pb2.GetLoadResponse()
+
+    async def Generate(self, request: Any, context: Any) -> AsyncIterator[decode_pb2.GenerateResponse]:
+        self.requests.append(request)
+        if self.refusal is not None:
+            await abort(context, self.refusal)
+        yield decode_pb2.GenerateResponse(
+            token_ids=[5],
+            finish_reason=sampling_pb2.FINISH_REASON_LENGTH,
+            prefill_decision=sampling_pb2.PREFILL_DECISION_TOO_SHORT,
+            usage=sampling_pb2.Usage(prompt_tokens=3),
+        )
+
+
+@pytest.fixture(scope="module")
+def vllm_config() -> VllmConfig:
+    """As a gateway makes it."""
+    mesh = MeshConfig(max_model_len=1024)
+    arguments = engine_args(mesh, mesh.decode_service, resolve_model(mesh.model), tensor_parallel_size=1)
+    return arguments.create_engine_config(UsageContext.OPENAI_API_SERVER)
+
+
+@asynccontextmanager
+async def gateway(vllm_config: VllmConfig) -> AsyncIterator[tuple[Root, MeshEngineClient, grpc.aio.Channel]]:
+    """A root, a client of it, and a channel to the gateway's gRPC front."""
+    root_port, port = free_ports(2)
+    mesh = MeshConfig(gateway={"decode_roots": (f"127.0.0.1:{root_port}",), "prefills": (), "grpc_port": port})
+    root, roots, fronts = Root(), RpcServer("127.0.0.1", root_port), RpcServer("127.0.0.1", port)
+    decode_pb2_grpc.add_DecodeServiceServicer_to_server(root, roots.server)
+    servicer = InferenceServicer(mesh.gateway, mesh.model_name)
+    inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, fronts.server)
+    await roots.start()
+    await fronts.start()
+    async with Router(mesh) as router, grpc.aio.insecure_channel(fronts.address) as channel:
+        client = MeshEngineClient(vllm_config, mesh.gateway, mesh.model_name, Pulse(), router, RequestTable(10))
+        servicer.attach(client)
+        async with asyncio.timeout(10):
+            while not router.roots.usable():  # noqa: ASYNC110 - polls alone notice
+                await asyncio.sleep(0.01)
+        try:
+            yield root, client, channel
+        finally:
+            client.shutdown()
+            await fronts.stop(0)
+            await roots.stop(0)
+
+
+async def ask(channel: grpc.aio.Channel) -> grpc.aio.AioRpcError:
+    """The error that a gRPC client gets."""
+    request = inference_pb2.StreamGenerateRequest(sampling_params=sampling_pb2.SamplingParams(max_tokens=2))
+    request.prompt.token_ids.ids.extend([1, 2, 3])
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async for _ in inference_pb2_grpc.InferenceServiceStub(channel).StreamGenerate(request, timeout=10):
+            pass
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("DEADLINE_EXCEEDED", Reason.DEADLINE_EXCEEDED),
+        ("INTERNAL", Reason.INTERNAL),
+        ("RESOURCE_EXHAUSTED", Reason.QUEUE_FULL),
+        ("UNAVAILABLE", Reason.ENGINE_DEAD),
+    ],
+)
+async def test_a_refusal_reaches_grpc_clients_as_it_is(vllm_config: VllmConfig, code: str, reason: Reason) -> None:
+    async with gateway(vllm_config) as (root, _, channel):
+        # 1. A code that clients do not retry must not become one that they do.
+        root.refusal = MeshError(grpc.StatusCode[code], reason, "why")
+        error = await ask(channel)
+    assert (error.code().name, error.details()) == (code, "why")
+    assert MeshError.from_rpc(error).reason is reason
+
+
+async def test_a_refused_request_of_several_choices_leaves_nothing(vllm_config: VllmConfig) -> None:
+    async with gateway(vllm_config) as (root, client, _):
+        root.refusal = MeshError(grpc.StatusCode.RESOURCE_EXHAUSTED, Reason.QUEUE_FULL, "full")
+        for number in range(3):
+            with pytest.raises(GracefulHTTPError):
+                async for _ in client.generate(PROMPT, SamplingParams(n=2, max_tokens=2), f"r-{number}"):
+                    pass
+        # 1. Neither sequences nor what holds them together.
+        assert not client.output_processor.request_states
+        assert not client.output_processor.parent_requests
+
+
+async def test_what_a_root_must_know_of_thinking_reaches_it(vllm_config: VllmConfig) -> None:
+    async with gateway(vllm_config) as (root, client, _):
+        # 1. vLLM's chat endpoint says so of a request if there is a reasoning parser, and not otherwise.
+        told = {"chat_template_kwargs": {"enable_thinking": False}}
+        for number, extra in enumerate(({}, {"reasoning_ended": True, "reasoning_parser_kwargs": told})):
+            async for _ in client.generate(PROMPT, SamplingParams(max_tokens=1), f"r-{number}", **extra):
+                pass
+        plain, thinking = root.requests
+    assert not plain.HasField("reasoning_ended")
+    assert not plain.HasField("reasoning_parser_kwargs")
+    assert thinking.reasoning_ended
+    assert thinking.reasoning_parser_kwargs["chat_template_kwargs"]["enable_thinking"] is False
+
+
+def test_the_root_parses_thinking_as_the_gateway_does() -> None:
+    mesh = MeshConfig(gateway={"reasoning_parser": "qwen3"})
+    assert engine_args(mesh, mesh.decode_service, "m").reasoning_parser == "qwen3"
+    # 1. A prefill service samples nothing that is served.
+    assert engine_args(mesh, mesh.prefill_service, "m").reasoning_parser == ""
+
+
+@pytest.mark.parametrize("more", ["mm_features", "prompt_embeds", "lora_request"])
+def test_a_prompt_of_more_than_tokens_is_refused(more: str) -> None:
+    request: Any = SimpleNamespace(mm_features=None, prompt_embeds=None, lora_request=None)
+    _check_text_only(request)
+    setattr(request, more, ["something"])
+    with pytest.raises(MeshError, match="not supported") as caught:
+        _check_text_only(request)
+    assert caught.value.code is grpc.StatusCode.INVALID_ARGUMENT
