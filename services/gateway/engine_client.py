@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from http import HTTPStatus
 from typing import Any
 
@@ -83,6 +84,11 @@ class MeshEngineClient(AsyncLLM):
         self.engine_core.cancel([r for r in family if r != request_id])
         self.output_processor.abort_requests([request_id if parent is None else parent.request_id], internal=True)
         queue.put(exception)
+
+    async def abort(self, request_id: str | Iterable[str], internal: bool = False) -> None:
+        """Ends requests that nobody waits for any more."""
+        ids = (request_id,) if isinstance(request_id, str) else tuple(request_id)
+        self.engine_core.cancel(self.output_processor.abort_requests(ids, internal))
 
     @property
     def errored(self) -> bool:

@@ -82,6 +82,8 @@ class MeshCore:
         self._fail = fail
         self._outputs: asyncio.Queue[EngineCoreOutput] = asyncio.Queue()
         self._streams: dict[str, asyncio.Task[None]] = {}
+        self._stopped: set[str] = set()
+        """Streams that were cancelled since their text is complete."""
 
     # What AsyncLLM calls.
 
@@ -93,10 +95,15 @@ class MeshCore:
         """Starts a sequence; its outputs come through get_output_async."""
         task = asyncio.create_task(self._follow(request))
         self._streams[request.request_id] = task
-        task.add_done_callback(lambda _: self._streams.pop(request.request_id, None))
+        task.add_done_callback(lambda _: self._over(request.request_id))
+
+    def _over(self, request_id: str) -> None:
+        self._streams.pop(request_id, None)
+        self._stopped.discard(request_id)
 
     async def abort_requests_async(self, request_ids: list[str]) -> None:
-        """Ends sequences."""
+        """Ends sequences whose text has come to a stop string: for their roots an abort, for clients an answer."""
+        self._stopped.update(request_id for request_id in request_ids if request_id in self._streams)
         self.cancel(request_ids)
 
     def cancel(self, request_ids: list[str]) -> None:
@@ -154,6 +161,10 @@ class MeshCore:
                                         EngineCoreEvent(EngineCoreEventType.SCHEDULED, queued),
                                     ]
                                 self._outputs.put_nowait(output)
+                        return
+                    except asyncio.CancelledError:
+                        if request.request_id not in self._stopped:
+                            raise
                         return
                     except grpc.aio.AioRpcError as error:
                         failure = MeshError.from_rpc(error)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import contextlib
+import itertools
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 import pytest
 from vllm import SamplingParams, TokensPrompt
 from vllm.config import VllmConfig
 from vllm.exceptions import GracefulHTTPError
+from vllm.sampling_params import RequestOutputKind
 from vllm.usage.usage_lib import UsageContext
 
 from services.gateway.engine_client import MeshEngineClient
@@ -38,6 +41,8 @@ class Root(decode_pb2_grpc.DecodeServiceServicer):
     def __init__(self) -> None:
         self.refusal: MeshError | None = None
         self.requests: list[decode_pb2.GenerateRequest] = []
+        self.endless: Iterable[int] = ()
+        """Tokens before the last one."""
 
     async def GetLoad(self, request: Any, context: Any) -> decode_pb2.GetLoadResponse:
         return decode_pb2.GetLoadResponse()
@@ -46,12 +51,24 @@ class Root(decode_pb2_grpc.DecodeServiceServicer):
         self.requests.append(request)
         if self.refusal is not None:
             await abort(context, self.refusal)
+        for token in self.endless:
+            yield decode_pb2.GenerateResponse(token_ids=[token])
+            await asyncio.sleep(0.01)
         yield decode_pb2.GenerateResponse(
             token_ids=[5],
             finish_reason=sampling_pb2.FINISH_REASON_LENGTH,
             prefill_decision=sampling_pb2.PREFILL_DECISION_TOO_SHORT,
             usage=sampling_pb2.Usage(prompt_tokens=3),
         )
+
+
+class Running(NamedTuple):
+    """A gateway over one root."""
+
+    root: Root
+    client: MeshEngineClient
+    channel: grpc.aio.Channel
+    requests: RequestTable
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +80,8 @@ def vllm_config() -> VllmConfig:
 
 
 @asynccontextmanager
-async def gateway(vllm_config: VllmConfig) -> AsyncIterator[tuple[Root, MeshEngineClient, grpc.aio.Channel]]:
-    """A root, a client of it, and a channel to the gateway's gRPC front."""
+async def gateway(vllm_config: VllmConfig) -> AsyncIterator[Running]:
+    """Both, and a channel to the gateway's gRPC front."""
     root_port, port = free_ports(2)
     mesh = MeshConfig(gateway={"decode_roots": (f"127.0.0.1:{root_port}",), "prefills": (), "grpc_port": port})
     root, roots, fronts = Root(), RpcServer("127.0.0.1", root_port), RpcServer("127.0.0.1", port)
@@ -74,13 +91,14 @@ async def gateway(vllm_config: VllmConfig) -> AsyncIterator[tuple[Root, MeshEngi
     await roots.start()
     await fronts.start()
     async with Router(mesh) as router, grpc.aio.insecure_channel(fronts.address) as channel:
-        client = MeshEngineClient(vllm_config, mesh.gateway, mesh.model_name, Pulse(), router, RequestTable(10))
+        table = RequestTable(10)
+        client = MeshEngineClient(vllm_config, mesh.gateway, mesh.model_name, Pulse(), router, table)
         servicer.attach(client)
         async with asyncio.timeout(10):
             while not router.roots.usable():  # noqa: ASYNC110 - polls alone notice
                 await asyncio.sleep(0.01)
         try:
-            yield root, client, channel
+            yield Running(root, client, channel, table)
         finally:
             client.shutdown()
             await fronts.stop(0)
@@ -107,7 +125,7 @@ async def ask(channel: grpc.aio.Channel) -> grpc.aio.AioRpcError:
     ],
 )
 async def test_a_refusal_reaches_grpc_clients_as_it_is(vllm_config: VllmConfig, code: str, reason: Reason) -> None:
-    async with gateway(vllm_config) as (root, _, channel):
+    async with gateway(vllm_config) as (root, _, channel, _):
         # 1. A code that clients do not retry must not become one that they do.
         root.refusal = MeshError(grpc.StatusCode[code], reason, "why")
         error = await ask(channel)
@@ -116,7 +134,7 @@ async def test_a_refusal_reaches_grpc_clients_as_it_is(vllm_config: VllmConfig, 
 
 
 async def test_a_refused_request_of_several_choices_leaves_nothing(vllm_config: VllmConfig) -> None:
-    async with gateway(vllm_config) as (root, client, _):
+    async with gateway(vllm_config) as (root, client, _, _):
         root.refusal = MeshError(grpc.StatusCode.RESOURCE_EXHAUSTED, Reason.QUEUE_FULL, "full")
         for number in range(3):
             with pytest.raises(GracefulHTTPError):
@@ -127,8 +145,27 @@ async def test_a_refused_request_of_several_choices_leaves_nothing(vllm_config: 
         assert not client.output_processor.parent_requests
 
 
+async def test_a_stop_string_is_an_answer_and_no_abort(vllm_config: VllmConfig) -> None:
+    async with gateway(vllm_config) as (root, client, _, requests):
+        tokens = client.renderer.tokenizer.encode(" one two three")
+        root.endless = itertools.cycle(tokens)
+        # 1. The gateway finds the stop string, and cancels what the root would go on with.
+        params = SamplingParams(max_tokens=500, stop=["three"], output_kind=RequestOutputKind.FINAL_ONLY)
+        outputs = [output async for output in client.generate(PROMPT, params, "stops")]
+        assert outputs[-1].outputs[0].finish_reason == "stop"
+        # 2. A client that goes is another matter.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.3):
+                async for _ in client.generate(PROMPT, SamplingParams(max_tokens=500), "leaves"):
+                    pass
+        async with asyncio.timeout(5):
+            while len(requests):  # noqa: ASYNC110 - tasks end by themselves
+                await asyncio.sleep(0.01)
+        assert requests.outcomes == {"finished": 1, "aborted": 1}
+
+
 async def test_what_a_root_must_know_of_thinking_reaches_it(vllm_config: VllmConfig) -> None:
-    async with gateway(vllm_config) as (root, client, _):
+    async with gateway(vllm_config) as (root, client, _, _):
         # 1. vLLM's chat endpoint says so of a request if there is a reasoning parser, and not otherwise.
         told = {"chat_template_kwargs": {"enable_thinking": False}}
         for number, extra in enumerate(({}, {"reasoning_ended": True, "reasoning_parser_kwargs": told})):
