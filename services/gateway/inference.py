@@ -8,9 +8,11 @@ from contextlib import aclosing
 from typing import Any
 
 import grpc
+from jinja2 import TemplateError
 from vllm import TextPrompt, TokensPrompt
 from vllm.exceptions import GracefulHTTPError, VLLMClientError
 from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.renderers.chat_utils import load_chat_template
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from services.gateway.engine_client import MeshEngineClient
@@ -37,6 +39,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
 
     def __init__(self, config: GatewayConfig, model_name: str) -> None:
         self._keys = Keys.of_clients(config)
+        self._chat_template = load_chat_template(config.chat_template)
         self._model_name = model_name
         self._client: MeshEngineClient | None = None
 
@@ -121,7 +124,13 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             ids = tokenizer.encode(prompt.text)
         elif kind == "chat" and prompt.chat.messages:
             messages = [{"role": m.role, "content": m.content} for m in prompt.chat.messages]
-            ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+            try:
+                ids = tokenizer.apply_chat_template(
+                    messages, chat_template=self._chat_template, add_generation_prompt=True, return_dict=False
+                )
+            except (TemplateError, ValueError) as error:
+                # Templates refuse conversations that their model has not been trained on.
+                raise invalid(Reason.BAD_REQUEST, f"chat template: {error}", param="prompt.chat") from error
         else:
             raise invalid(Reason.EMPTY_PROMPT, "a prompt is needed: text, token_ids or chat", param="prompt")
         model = client.model_config

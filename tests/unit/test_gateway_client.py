@@ -80,10 +80,11 @@ def vllm_config() -> VllmConfig:
 
 
 @asynccontextmanager
-async def gateway(vllm_config: VllmConfig) -> AsyncIterator[Running]:
+async def gateway(vllm_config: VllmConfig, **config: Any) -> AsyncIterator[Running]:
     """Both, and a channel to the gateway's gRPC front."""
     root_port, port = free_ports(2)
-    mesh = MeshConfig(gateway={"decode_roots": (f"127.0.0.1:{root_port}",), "prefills": (), "grpc_port": port})
+    peers: dict[str, Any] = {"decode_roots": (f"127.0.0.1:{root_port}",), "prefills": ()}
+    mesh = MeshConfig(gateway={**peers, "grpc_port": port, **config})
     root, roots, fronts = Root(), RpcServer("127.0.0.1", root_port), RpcServer("127.0.0.1", port)
     decode_pb2_grpc.add_DecodeServiceServicer_to_server(root, roots.server)
     servicer = InferenceServicer(mesh.gateway, mesh.model_name)
@@ -105,14 +106,18 @@ async def gateway(vllm_config: VllmConfig) -> AsyncIterator[Running]:
             await roots.stop(0)
 
 
-async def ask(channel: grpc.aio.Channel) -> grpc.aio.AioRpcError:
-    """The error that a gRPC client gets."""
-    request = inference_pb2.StreamGenerateRequest(sampling_params=sampling_pb2.SamplingParams(max_tokens=2))
-    request.prompt.token_ids.ids.extend([1, 2, 3])
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        async for _ in inference_pb2_grpc.InferenceServiceStub(channel).StreamGenerate(request, timeout=10):
-            pass
-    return caught.value
+TOKENS = inference_pb2.Prompt(token_ids=inference_pb2.TokenIds(ids=[1, 2, 3]))
+CHAT = inference_pb2.Prompt(
+    chat=inference_pb2.Conversation(messages=[inference_pb2.ChatMessage(role="user", content="Hello there")])
+)
+
+
+async def ask(channel: grpc.aio.Channel, prompt: inference_pb2.Prompt) -> None:
+    """As a gRPC client does."""
+    params = sampling_pb2.SamplingParams(max_tokens=2)
+    request = inference_pb2.StreamGenerateRequest(prompt=prompt, sampling_params=params)
+    async for _ in inference_pb2_grpc.InferenceServiceStub(channel).StreamGenerate(request, timeout=10):
+        pass
 
 
 @pytest.mark.parametrize(
@@ -128,9 +133,26 @@ async def test_a_refusal_reaches_grpc_clients_as_it_is(vllm_config: VllmConfig, 
     async with gateway(vllm_config) as (root, _, channel, _):
         # 1. A code that clients do not retry must not become one that they do.
         root.refusal = MeshError(grpc.StatusCode[code], reason, "why")
-        error = await ask(channel)
-    assert (error.code().name, error.details()) == (code, "why")
-    assert MeshError.from_rpc(error).reason is reason
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await ask(channel, TOKENS)
+    assert (caught.value.code().name, caught.value.details()) == (code, "why")
+    assert MeshError.from_rpc(caught.value).reason is reason
+
+
+async def test_a_chat_goes_through_the_template_that_is_configured(vllm_config: VllmConfig) -> None:
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    async with gateway(vllm_config, chat_template=template) as (root, client, channel, _):
+        await ask(channel, CHAT)
+        assert list(root.requests[0].prompt_token_ids) == client.renderer.tokenizer.encode("Hello there")
+
+
+async def test_a_chat_that_the_template_refuses_is_the_clients_fault(vllm_config: VllmConfig) -> None:
+    template = "{{ raise_exception('roles must alternate') }}"
+    async with gateway(vllm_config, chat_template=template) as (root, _, channel, _):
+        with pytest.raises(grpc.aio.AioRpcError, match="roles must alternate") as caught:
+            await ask(channel, CHAT)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert not root.requests
 
 
 async def test_a_refused_request_of_several_choices_leaves_nothing(vllm_config: VllmConfig) -> None:
