@@ -10,6 +10,7 @@ import pytest
 
 from tests.conftest import RunningMesh, mesh_config, run_mesh
 from tests.mesh.exact import BLOCK, Truth, plain_engine, prompts, through_mesh
+from tokenmesh.engine.host import computes_bfloat16
 from tokenmesh.v1 import sampling_pb2
 
 MIN_REMOTE = 128
@@ -79,8 +80,9 @@ def common(tokens: Sequence[int], want: Sequence[int]) -> int:
 async def test_bfloat16_agrees_in_99_of_100_tokens(mesh: RunningMesh, tmp_path: Path) -> None:
     # bfloat16 rounds so coarsely that two orders of the same sum may pick different tokens; plain engines differ from
     # themselves when batches differ. What is asserted is agreement; the differences are printed.
-    # Short ones: without instructions for it, a CPU computes bfloat16 at a sixth of float32's pace.
-    all_prompts = [ids for ids in prompts()[:48] if len(ids) <= 300]
+    # Without instructions for it, a CPU computes bfloat16 at a sixth of float32's pace.
+    longest = 300 if computes_bfloat16() else 200
+    all_prompts = [ids for ids in prompts()[:48] if len(ids) <= longest]
     truth = await asyncio.to_thread(plain_engine, all_prompts, "bfloat16", tmp_path)
 
     def ask() -> list[tuple[list[int], int]]:
@@ -89,7 +91,8 @@ async def test_bfloat16_agrees_in_99_of_100_tokens(mesh: RunningMesh, tmp_path: 
 
     # (1) The same prompts through a plain engine and through a mesh that really moves their KV.
     answers = await asyncio.to_thread(ask)
-    assert sum(decision == sampling_pb2.PREFILL_DECISION_DISAGGREGATED for _, decision in answers) >= 15
+    remote = sum(decision == sampling_pb2.PREFILL_DECISION_DISAGGREGATED for _, decision in answers)
+    assert remote == sum(len(ids) >= MIN_REMOTE for ids in all_prompts) >= 5
 
     # (2) Each prompt counts up to and including its first difference. Until then both predict from the same context;
     # from there on the two texts go ways of their own, and later tokens say nothing about the numbers behind them.

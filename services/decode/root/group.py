@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,7 +40,7 @@ LONGEST_RETRY_S = 30.0
 WATCH_S = 1.0
 STATS_TIMEOUT_S = 2.0
 SILENCES = 3
-"""Unanswered looks at a rank after which it is given up, though no step has missed it."""
+"""Unanswered looks at a rank after which it is given up, though no step has missed it; not before `timeout_s`."""
 
 
 @dataclass
@@ -219,7 +220,7 @@ class Group:
 
     async def _watch(self, rank: Rank) -> None:
         """Returns when the rank has gone, for whatever reason."""
-        silent = 0
+        silent, heard = 0, time.monotonic()
         while rank.attached:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(rank.changed.wait(), WATCH_S)
@@ -229,10 +230,10 @@ class Group:
                 stats = await rank.stub.GetStats(worker_pb2.GetStatsRequest(), timeout=STATS_TIMEOUT_S)
             except grpc.aio.AioRpcError as error:
                 silent += 1
-                if silent >= SILENCES:
+                if silent >= SILENCES and time.monotonic() - heard >= self._config.group.timeout_s:
                     self._give_up(rank, MeshError.from_rpc(error).message)
                 continue
-            silent = 0
+            silent, heard = 0, time.monotonic()
             if stats.decode_root_id != self._root_id:
                 self._give_up(rank, "the worker has left the group")
             elif stats.draining:
