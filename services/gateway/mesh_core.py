@@ -36,7 +36,7 @@ from tokenmesh.context import adopt
 from tokenmesh.engine.sampling import from_vllm
 from tokenmesh.lifecycle import LiveRequest, RequestState, RequestTable
 from tokenmesh.rpc.calls import calling, start_call
-from tokenmesh.rpc.errors import MeshError, Reason, invalid
+from tokenmesh.rpc.errors import MeshError, Reason, invalid, unavailable
 from tokenmesh.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc, sampling_pb2
 
 log = structlog.get_logger()
@@ -167,7 +167,7 @@ class MeshCore:
                             raise
                         return
                     except grpc.aio.AioRpcError as error:
-                        failure = MeshError.from_rpc(error)
+                        failure = _failure(error)
                         started = live.state is not RequestState.ACCEPTED
                         if started or failure.code not in _TRY_ELSEWHERE:
                             raise failure from error
@@ -256,6 +256,14 @@ def _passing_on() -> Iterator[None]:
         yield
     except (ValueError, TypeError) as error:
         raise invalid(Reason.BAD_REQUEST, f"the request cannot be passed on: {error}") from error
+
+
+def _failure(error: grpc.aio.AioRpcError) -> MeshError:
+    """What a service answered; of one that is gone, what clients know as the lack of it."""
+    failure = MeshError.from_rpc(error)
+    if failure.code is grpc.StatusCode.UNAVAILABLE and failure.reason is Reason.INTERNAL:
+        return unavailable(Reason.NO_DECODE_ROOT, failure.message)
+    return failure
 
 
 def _timestamp(seconds: float) -> Timestamp:

@@ -38,7 +38,9 @@ PROMPT = TokensPrompt(prompt_token_ids=[1, 2, 3])
 class Root(decode_pb2_grpc.DecodeServiceServicer):
     """Refuses, or answers with one token."""
 
-    def __init__(self) -> None:
+    def __init__(self, server: RpcServer) -> None:
+        self.server = server
+        decode_pb2_grpc.add_DecodeServiceServicer_to_server(self, server.server)
         self.refusal: MeshError | None = None
         self.requests: list[decode_pb2.GenerateRequest] = []
         self.endless: Iterable[int] = ()
@@ -74,7 +76,7 @@ class Running(NamedTuple):
 @pytest.fixture(scope="module")
 def vllm_config() -> VllmConfig:
     """As a gateway makes it."""
-    mesh = MeshConfig(max_model_len=1024)
+    mesh = MeshConfig(max_model_len=4096)
     arguments = engine_args(mesh, mesh.decode_service, resolve_model(mesh.model), tensor_parallel_size=1)
     return arguments.create_engine_config(UsageContext.OPENAI_API_SERVER)
 
@@ -85,11 +87,10 @@ async def gateway(vllm_config: VllmConfig, **config: Any) -> AsyncIterator[Runni
     root_port, port = free_ports(2)
     peers: dict[str, Any] = {"decode_roots": (f"127.0.0.1:{root_port}",), "prefills": ()}
     mesh = MeshConfig(gateway={**peers, "grpc_port": port, **config})
-    root, roots, fronts = Root(), RpcServer("127.0.0.1", root_port), RpcServer("127.0.0.1", port)
-    decode_pb2_grpc.add_DecodeServiceServicer_to_server(root, roots.server)
+    root, fronts = Root(RpcServer("127.0.0.1", root_port)), RpcServer("127.0.0.1", port)
     servicer = InferenceServicer(mesh.gateway, mesh.model_name)
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, fronts.server)
-    await roots.start()
+    await root.server.start()
     await fronts.start()
     async with Router(mesh) as router, grpc.aio.insecure_channel(fronts.address) as channel:
         table = RequestTable(10)
@@ -103,7 +104,7 @@ async def gateway(vllm_config: VllmConfig, **config: Any) -> AsyncIterator[Runni
         finally:
             client.shutdown()
             await fronts.stop(0)
-            await roots.stop(0)
+            await root.server.stop(0)
 
 
 TOKENS = inference_pb2.Prompt(token_ids=inference_pb2.TokenIds(ids=[1, 2, 3]))
@@ -112,9 +113,9 @@ CHAT = inference_pb2.Prompt(
 )
 
 
-async def ask(channel: grpc.aio.Channel, prompt: inference_pb2.Prompt) -> None:
+async def ask(channel: grpc.aio.Channel, prompt: inference_pb2.Prompt, max_tokens: int = 2) -> None:
     """As a gRPC client does."""
-    params = sampling_pb2.SamplingParams(max_tokens=2)
+    params = sampling_pb2.SamplingParams(max_tokens=max_tokens, ignore_eos=True)
     request = inference_pb2.StreamGenerateRequest(prompt=prompt, sampling_params=params)
     async for _ in inference_pb2_grpc.InferenceServiceStub(channel).StreamGenerate(request, timeout=10):
         pass
@@ -137,6 +138,22 @@ async def test_a_refusal_reaches_grpc_clients_as_it_is(vllm_config: VllmConfig, 
             await ask(channel, TOKENS)
     assert (caught.value.code().name, caught.value.details()) == (code, "why")
     assert MeshError.from_rpc(caught.value).reason is reason
+
+
+async def test_a_root_that_goes_in_the_middle_is_told_as_the_lack_of_one(vllm_config: VllmConfig) -> None:
+    async with gateway(vllm_config) as (root, _, channel, _):
+        root.endless = itertools.repeat(5)
+        asking = asyncio.create_task(ask(channel, TOKENS, max_tokens=2000))
+        async with asyncio.timeout(5):
+            while not root.requests:  # noqa: ASYNC110 - the call has arrived
+                await asyncio.sleep(0.01)
+        # 1. Its process ends, as it were.
+        await root.server.stop(0)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await asking
+    # 2. What was streamed cannot be taken back, so it is the client who may try again.
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert MeshError.from_rpc(caught.value).reason is Reason.NO_DECODE_ROOT
 
 
 async def test_a_chat_goes_through_the_template_that_is_configured(vllm_config: VllmConfig) -> None:
