@@ -246,6 +246,7 @@ class GatewayConfig(_Section):
     tool_call_parser: str | None = "hermes"
     """vLLM tool parser; absent: no automatic tool calls."""
     reasoning_parser: str | None = None
+    """vLLM reasoning parser; decode roots use it too, and constrain structured answers only after thinking."""
     chat_template: str | None = None
     server_args: dict[str, Any] = Field(default_factory=dict)
     """Any other argument of vLLM's OpenAI server, by its Python name."""
