@@ -124,7 +124,8 @@ def dashboards() -> dict[str, dict[str, Any]]:
                 "Tokens",
                 "short",
                 (rate(names.GENERATED_TOKENS), "generated/s"),
-                (rate(names.PROMPT_TOKENS), "prompt/s"),
+                # Prefill services count theirs again.
+                (rate(names.PROMPT_TOKENS, where='{job="decode-root"}'), "prompt/s"),
             ),
             latency("Time to first token", names.TTFT_SECONDS),
             latency("Between tokens", names.ITL_SECONDS),

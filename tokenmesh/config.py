@@ -7,6 +7,7 @@ have that flag's name. This is the only module that reads the environment for se
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from tokenmesh.cpus import parse_cpus
+from tokenmesh.environment import near_misses
 
 EMBEDDED_MODEL = "smollm2-135m-instruct"
 """Name of the model that installs with the package and needs no hub."""
@@ -232,7 +234,7 @@ class GatewayConfig(_Section):
     api_keys: tuple[str, ...] = ()
     """Accepted Bearer keys; empty: no authentication."""
     admin_key: str | None = None
-    """Bearer key for the live page and ObserveService. Absent: ``api_keys`` open them too."""
+    """Bearer key for the live page, ObserveService and the gateway's AdminService. Absent: ``api_keys`` open them too."""
     max_request_bytes: Annotated[int, Field(ge=1024)] = 8 << 20
     """Larger bodies are refused with 413."""
     request_timeout_s: Annotated[float, Field(gt=0)] = 600.0
@@ -375,6 +377,8 @@ def load_config(path: Path | None) -> MeshConfig:
             names the key.
     """
     data = {} if path is None else _read(path)
+    for name, problem in near_misses(MeshConfig, os.environ):
+        raise ConfigError(f"environment: {name}: {problem}")
     try:
         return MeshConfig(**data)
     except ValidationError as error:

@@ -98,7 +98,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         try:
             client.check_admission()
             prompt = self._prompt(client, request.prompt, params)
-            async with aclosing(client.generate(prompt, params, request_id)) as outputs:
+            # Nothing here takes thinking and answers apart, so a constraint holds from the first token on.
+            async with aclosing(client.generate(prompt, params, request_id, reasoning_ended=True)) as outputs:
                 async for output in outputs:
                     for completion in output.outputs:
                         counts[completion.index] = counts.get(completion.index, 0) + len(completion.token_ids)

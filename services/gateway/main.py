@@ -67,16 +67,17 @@ async def serve(mesh: MeshConfig, replica: int, stop: asyncio.Event) -> None:
                 ],
             )
 
-        AdminServicer(server, requests, describe)
         pulse, store, keys = Pulse(), SpanStore(mesh.telemetry.kept_traces), Keys.of_operators(config)
-        watcher = Watcher(router, pulse, server.address, describe)
+        # On the port that clients use, so it takes an operator's key.
+        admin = AdminServicer(server, requests, describe, check=keys.check)
+        watcher = Watcher(router, pulse, server.address, admin.status)
         trace_service_pb2_grpc.add_TraceServiceServicer_to_server(
             Collector(store, Keys.of_clients(config)), server.server
         )
         observe_pb2_grpc.add_ObserveServiceServicer_to_server(ObserveServicer(watcher, store, keys), server.server)
         server.add(observe_pb2.DESCRIPTOR.services_by_name["ObserveService"].full_name)
         counters = {metric_names.GATEWAY_REQUESTS: lambda: requests.outcomes}
-        server.metrics.add(StatusCollector(describe, counters))
+        server.metrics.add(StatusCollector(admin.status, counters))
         await server.start()
         try:
             model_path = await asyncio.to_thread(resolve_model, mesh.model)

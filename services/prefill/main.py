@@ -57,9 +57,9 @@ async def serve(mesh: MeshConfig, replica: int, stop: asyncio.Event) -> None:
     async def reset() -> bool:
         return bool(await servicer.engine.llm.reset_prefix_cache())
 
-    AdminServicer(server, servicer.requests, describe, reset)
+    admin = AdminServicer(server, servicer.requests, describe, reset)
     counters = {metric_names.PREFILL_REQUESTS: lambda: servicer.requests.outcomes}
-    server.metrics.add(StatusCollector(describe, counters))
+    server.metrics.add(StatusCollector(admin.status, counters))
     await server.start()
     try:
         model_path = await asyncio.to_thread(resolve_model, mesh.model)

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, asynccontextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -125,7 +125,7 @@ class FakeRest(BaseHTTPRequestHandler):
         pass
 
 
-def fake(role: str, address: str) -> tuple[RpcServer, RequestTable]:
+def fake(role: str, address: str, check: Callable[[Any], None] = lambda _: None) -> tuple[RpcServer, RequestTable]:
     """A server of a role, not started."""
     host, _, port = address.rpartition(":")
     server, requests = RpcServer(host, int(port)), RequestTable(10)
@@ -135,16 +135,18 @@ def fake(role: str, address: str) -> tuple[RpcServer, RequestTable]:
         status.CopyFrom(STATUS[role])
         return status
 
-    AdminServicer(server, requests, describe)
+    AdminServicer(server, requests, describe, check=check)
     if role == "gateway":
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(FakeInference(), server.server)
     return server, requests
 
 
 @asynccontextmanager
-async def serving(role: str, address: str) -> AsyncIterator[tuple[RpcServer, RequestTable]]:
-    """A healthy server of a role."""
-    server, requests = fake(role, address)
+async def serving(
+    role: str, address: str, check: Callable[[Any], None] = lambda _: None
+) -> AsyncIterator[tuple[RpcServer, RequestTable]]:
+    """A healthy server of a role; `check` as for AdminServicer."""
+    server, requests = fake(role, address, check)
     await server.start()
     await server.ready()
     try:

@@ -22,12 +22,15 @@ import yaml
 from rich.console import Console
 from typer.testing import CliRunner
 
+from services.gateway.keys import Keys
 from tests.unit import fake_service
 from tests.unit.fake_service import serving
 from tokenmesh.cli import child, main, status
 from tokenmesh.cli.demo import LONG_PROMPT_TOKENS, long_text, quick_dtype
 from tokenmesh.cli.mesh import Mesh, MeshStartError, serve_command
-from tokenmesh.config import MeshConfig, load_config
+from tokenmesh.cli.serve import ServiceRole
+from tokenmesh.cli.status import ServiceState
+from tokenmesh.config import GatewayConfig, MeshConfig, load_config
 from tokenmesh.lifecycle import LiveRequest
 
 pytestmark = pytest.mark.timeout(120)
@@ -133,7 +136,7 @@ async def test_status_of_one_up_and_three_unreachable(mesh_file: Path, config: M
         assert told["services"][2]["gb_per_s"] == pytest.approx(3)
         # 2. A terminal gets a table with the same.
         screen = io.StringIO()
-        statuses = await status.collect(status.endpoints(config))
+        statuses = await status.collect(status.endpoints(config), config.gateway)
         Console(file=screen, force_terminal=True, width=200).print(status.to_table(statuses))
         assert "free/all" in screen.getvalue()
         assert re.search(r"decode-root-0 .*ready.* 3 +2 +- +sysv +30.0 MB +3.00", screen.getvalue())
@@ -170,6 +173,34 @@ async def test_health_and_drain(config: MeshConfig) -> None:
         assert requests.draining
     # 5. Nobody there any more.
     assert (await run("drain", address))[0] == 1
+
+
+async def test_listed_workers_are_part_of_the_mesh(config: MeshConfig) -> None:
+    listed = config.decode_service.model_copy(
+        update={"group": config.decode_service.group.model_copy(update={"workers": ("w:1", "w:2")})}
+    )
+    found = status.endpoints(config.model_copy(update={"decode_service": listed}))
+    assert [e.address for e in found if e.role is ServiceRole.DECODE_WORKER] == ["w:1", "w:2"]
+
+
+async def test_a_gateway_with_keys_is_not_drained_by_anybody(
+    config: MeshConfig, mesh_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = status.endpoints(config)[0].address
+    keys = Keys.of_operators(GatewayConfig(api_keys=("client",), admin_key="operator"))
+    async with serving("gateway", address, check=keys.check) as (_, requests):
+        # 1. Without a key, and with a client's.
+        for key in ("", '["client"]'):
+            if key:
+                monkeypatch.setenv("TOKENMESH_GATEWAY__API_KEYS", key)
+            code, _, err = await run("drain", address)
+            assert (code, "UNAUTHENTICATED (BAD_API_KEY)" in err, requests.draining) == (1, True, False)
+        # 2. An operator's, from the environment, as containers have it.
+        monkeypatch.setenv("TOKENMESH_GATEWAY__ADMIN_KEY", "operator")
+        statuses = await status.collect(status.endpoints(load_config(mesh_file)), load_config(mesh_file).gateway)
+        assert statuses[0].state is ServiceState.READY
+        assert await run("drain", "-c", mesh_file, address) == (0, f"{address}: drained\n", "")
+        assert requests.draining
 
 
 async def test_generate(mesh_file: Path, config: MeshConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -305,3 +306,34 @@ def test_no_replicas_have_no_addresses(file: Path) -> None:
     file.write_text("prefill_service: {replicas: 0}")
     # 2. There is nobody to ask.
     assert load_config(file).prefill_addresses() == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("TOKENMESH_GATEWAY_API_KEYS", "it is spelled TOKENMESH_GATEWAY__API_KEYS"),
+        ("tokenmesh_decode_service_max_num_seqs", "it is spelled TOKENMESH_DECODE_SERVICE__MAX_NUM_SEQS"),
+        ("TOKENMESH_DECODE__MAX_NUM_SEQS", "there is no section 'decode'"),
+    ],
+)
+def test_a_misspelled_variable_is_an_error(monkeypatch: pytest.MonkeyPatch, name: str, problem: str) -> None:
+    # 1. Ignored, it could leave a gateway without authentication. Its value is nobody's business.
+    monkeypatch.setenv(name, '["secret"]')
+    with pytest.raises(ConfigError, match=re.escape(f"{name}: {problem}")) as caught:
+        load_config(None)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("TOKENMESH_CACHE", "/tmp"),
+        ("TOKENMESH_GATEWAY_PORT", "tcp://10.0.0.7:8000"),
+        ("TOKENMESH_GATEWAY_SERVICE_HOST", "10.0.0.7"),
+    ],
+)
+def test_what_others_put_into_the_environment_is_not_ours(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    assert load_config(None).gateway.port == 8000

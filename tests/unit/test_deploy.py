@@ -13,6 +13,7 @@ import yaml
 
 from services.decode.worker.main import DRAIN_S
 from tokenmesh.config import DecodeWorkerConfig, EngineConfig, MeshConfig, load_config
+from tokenmesh.rpc.server import LIVE
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = ROOT / "deploy" / "kustomize" / "base"
@@ -133,7 +134,9 @@ def test_pod_has_bounds(workload: Doc) -> None:
 @each_workload
 def test_probes_ask_the_grpc_port(workload: Doc) -> None:
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-        assert container(workload)[probe]["grpc"] == {"port": GRPC_PORTS[role(workload)]}, probe
+        # A gateway is ready while there is a decode root; it must not be killed for want of one.
+        alive = {"service": LIVE} if role(workload) == "gateway" and probe != "readinessProbe" else {}
+        assert container(workload)[probe]["grpc"] == {"port": GRPC_PORTS[role(workload)], **alive}, probe
 
 
 @each_workload
@@ -170,6 +173,18 @@ def test_ports_are_the_configs(workload: Doc) -> None:
     expected = ports(load_config(BASE / "mesh.yaml"), role(workload))
     assert {p["name"]: p["containerPort"] for p in container(workload)["ports"]} == expected
     assert {p["name"]: p["port"] for p in of_kind("Service")[role(workload)]["spec"]["ports"]} == expected
+
+
+def test_a_mesh_of_another_overlay_listens_where_the_base_says() -> None:
+    # An overlay replaces the base's mesh and keeps its Services and their ports.
+    base = load_config(BASE / "mesh.yaml")
+    for path in sorted(BASE.parent.glob("overlays/*/mesh.yaml")):
+        mesh = load_config(path)
+        assert ports(mesh, "gateway") == ports(base, "gateway"), path
+        for name in ("decode-root", *(("prefill",) if mesh.prefill_service.replicas else ())):
+            unused = {"kv": 0} if section(mesh, name).kv_transfer.transport == "none" else {}
+            assert ports(mesh, name) == ports(base, name) | unused, path
+        assert mesh.telemetry.gateway == base.telemetry.gateway, path
 
 
 def test_pods_announce_their_own_address(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,7 +364,7 @@ def test_torch_is_the_same_everywhere() -> None:
 
 
 @pytest.mark.parametrize("path", MESHES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_mesh_keeps_the_usual_ports_and_equal_shards(path: Path) -> None:
+def test_mesh_keeps_the_usual_ports_and_shards_that_fit(path: Path) -> None:
     mesh = load_config(path)
     assert (mesh.gateway.port, mesh.gateway.grpc_port) == (DEFAULTS.gateway.port, DEFAULTS.gateway.grpc_port)
     assert (mesh.prefill_service.port, mesh.decode_service.port) == (GRPC_PORTS["prefill"], GRPC_PORTS["decode-root"])
@@ -359,7 +374,9 @@ def test_mesh_keeps_the_usual_ports_and_equal_shards(path: Path) -> None:
         return
     assert mesh.prefill_service.kv_transfer.port in (0, 9150)
     assert mesh.decode_service.kv_transfer.port == 9250
-    assert mesh.prefill_service.tensor_parallel_size == mesh.decode_service.tensor_parallel_size
+    # Shards of one side have whole shards of the other's heads.
+    few, many = sorted((mesh.prefill_service.tensor_parallel_size, mesh.decode_service.tensor_parallel_size))
+    assert many % few == 0
 
 
 @pytest.mark.parametrize("path", MESHES, ids=lambda p: str(p.relative_to(ROOT)))

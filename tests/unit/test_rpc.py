@@ -19,7 +19,7 @@ from tests.unit.fake_service import free_ports
 from tokenmesh.context import REQUEST_ID, TRACEPARENT, TRACESTATE, WorkContext, current, outgoing_metadata
 from tokenmesh.rpc.channel import open_channel
 from tokenmesh.rpc.errors import DOMAIN, MeshError, Reason, invalid
-from tokenmesh.rpc.server import PortInUseError, RpcServer
+from tokenmesh.rpc.server import LIVE, PortInUseError, RpcServer
 from tokenmesh.v1 import admin_pb2, admin_pb2_grpc, decode_pb2, decode_pb2_grpc
 
 ADMIN = "tokenmesh.v1.AdminService"
@@ -233,6 +233,32 @@ async def test_health_follows_readiness(served: Served, name: str) -> None:
     assert (await stub.Check(request, timeout=10)).status == states.SERVING
     await server.not_ready()
     assert (await stub.Check(request, timeout=10)).status == states.NOT_SERVING
+
+
+async def test_a_drain_is_for_good(served: Served) -> None:
+    server, channel = served
+    stub, states = health_pb2_grpc.HealthStub(channel), health_pb2.HealthCheckResponse
+
+    async def told(name: str) -> int:
+        return int((await stub.Check(health_pb2.HealthCheckRequest(service=name), timeout=10)).status)
+
+    # 1. Alive from the start, ready or not.
+    assert (await told(""), await told(LIVE)) == (states.NOT_SERVING, states.SERVING)
+    await server.ready()
+    await server.not_ready()
+    assert (await told(""), await told(LIVE)) == (states.NOT_SERVING, states.SERVING)
+    # 2. Drained: neither, even if what it was waiting for is there again.
+    await server.drain()
+    await server.ready()
+    assert (await told(""), await told(LIVE)) == (states.NOT_SERVING, states.NOT_SERVING)
+
+
+async def test_an_ipv6_address_is_listened_on() -> None:
+    (port,) = free_ports(1)
+    server = RpcServer("::1", port)
+    assert server.address == f"[::1]:{port}"
+    await server.start()
+    await server.stop(0)
 
 
 async def test_reflection_lists_the_services(channel: grpc.aio.Channel) -> None:

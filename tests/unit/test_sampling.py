@@ -10,8 +10,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.logprobs import FlatLogprobs, Logprob
-from vllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
+from vllm.sampling_params import (
+    RepetitionDetectionParams,
+    RequestOutputKind,
+    SamplingParams,
+    StructuredOutputsParams,
+)
 
 from services.gateway.mesh_core import _logprobs, _prompt_logprobs
 from tokenmesh.engine.sampling import from_vllm, logprobs_to_proto, to_vllm, tokens_only
@@ -304,7 +312,7 @@ def test_a_last_message_without_tokens_has_no_rows() -> None:
     [
         {"logprob_token_ids": [5], "logprobs": 1},
         {"extra_args": {"anything": 1}},
-        {"repetition_detection": {"max_pattern_size": 3, "min_count": 3}},
+        {"repetition_detection": RepetitionDetectionParams(max_pattern_size=3, min_pattern_size=1, min_count=3)},
     ],
     ids=lambda given: next(iter(given)),
 )
@@ -316,3 +324,14 @@ def test_what_the_message_does_not_have_is_refused(given: dict[str, Any]) -> Non
     # 2. The client is told which it is.
     assert caught.value.code is grpc.StatusCode.INVALID_ARGUMENT
     assert caught.value.metadata["param"] == field
+
+
+def test_what_vllms_endpoints_make_of_a_plain_request_is_passed_on() -> None:
+    chat = ChatCompletionRequest(model="m", messages=[{"role": "user", "content": "hi"}])
+    completion = CompletionRequest(model="m", prompt="hi")
+    responses = ResponsesRequest(model="m", input="hi")
+    off = SamplingParams(
+        repetition_detection=RepetitionDetectionParams(max_pattern_size=0), extra_args={}, watermarking=False
+    )
+    for params in (*(request.to_sampling_params(100, {}) for request in (chat, completion, responses)), off):
+        assert from_vllm(params).HasField("temperature")

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import grpc
 
-from tokenmesh.cli.status import check_health, one_line
+from tokenmesh.cli.status import check_health, one_line, operator
 from tokenmesh.config import GatewayConfig, MeshConfig
 from tokenmesh.rpc.channel import dial, open_channel
 from tokenmesh.rpc.errors import MeshError
@@ -134,8 +134,8 @@ def health(address: str, timeout: float) -> int:
     return 0 if status == "SERVING" else 1
 
 
-def drain(address: str, timeout: float) -> int:
-    """Stops a service from taking work and waits for the rest of it.
+def drain(config: MeshConfig, address: str, timeout: float) -> int:
+    """Stops a service from taking work and waits for the rest of it. A gateway wants its own operator's key.
 
     Returns 0 when all work is done, 1 if some remained or the service did not answer, 2 for an address that is none.
     """
@@ -145,7 +145,7 @@ def drain(address: str, timeout: float) -> int:
     async def ask() -> int:
         async with open_channel(address) as channel:
             stub = admin_pb2_grpc.AdminServiceStub(channel)
-            reply = await stub.Drain(admin_pb2.DrainRequest(), timeout=timeout)
+            reply = await stub.Drain(admin_pb2.DrainRequest(), timeout=timeout, metadata=operator(config.gateway))
         return int(reply.remaining)
 
     try:

@@ -108,12 +108,16 @@ def health(
 @app.command()
 def drain(
     address: AddressArgument,
+    config: ConfigOption = None,
     timeout: Annotated[float, typer.Option(help="Seconds that running work may take to finish.", min=1)] = 300,
 ) -> None:
-    """Stop a service from taking work and wait until it has none. Ends with status 1 if some remains."""
+    """Stop a service from taking work and wait until it has none. Ends with status 1 if some remains.
+
+    A gateway with keys wants one: it is taken from the mesh file or the environment.
+    """
     from tokenmesh.cli import client
 
-    raise typer.Exit(client.drain(address, timeout))
+    raise typer.Exit(client.drain(_load(config), address, timeout))
 
 
 @app.command()

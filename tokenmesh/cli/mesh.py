@@ -134,7 +134,7 @@ class Mesh:
     async def statuses(self) -> list[ServiceStatus]:
         """What each service says of itself, with process ids, and exit codes of those that ended."""
         children = list(self.children)
-        reports = await collect([child.endpoint for child in children])
+        reports = await collect([child.endpoint for child in children], self.config.gateway)
         return [child.seen(report) for child, report in zip(children, reports, strict=True)]
 
     async def watch(self) -> Child:

@@ -23,7 +23,7 @@ from rich.text import Text
 from tokenmesh.cli import ranks
 from tokenmesh.cli.ranks import RankLine, ranks_of
 from tokenmesh.cli.serve import ServiceRole
-from tokenmesh.config import MeshConfig
+from tokenmesh.config import GatewayConfig, MeshConfig
 from tokenmesh.rpc.channel import dial, open_channel
 from tokenmesh.rpc.errors import MeshError
 from tokenmesh.v1 import admin_pb2, admin_pb2_grpc
@@ -124,7 +124,11 @@ def local_endpoints(config: MeshConfig) -> list[Endpoint]:
 
 def endpoints(config: MeshConfig) -> list[Endpoint]:
     """The services that a mesh consists of; where addresses are listed, those count, as for the gateway."""
-    listed = {ServiceRole.PREFILL: config.gateway.prefills, ServiceRole.DECODE_ROOT: config.gateway.decode_roots}
+    listed = {
+        ServiceRole.PREFILL: config.gateway.prefills,
+        ServiceRole.DECODE_ROOT: config.gateway.decode_roots,
+        ServiceRole.DECODE_WORKER: config.decode_service.group.workers,
+    }
     if listed[ServiceRole.PREFILL] is None:
         listed[ServiceRole.PREFILL] = config.decode_service.prefills
     found = [endpoint for endpoint in local_endpoints(config) if listed.get(endpoint.role) is None]
@@ -140,16 +144,23 @@ async def check_health(address: str, timeout: float) -> str:
     return str(health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status))
 
 
-async def collect(services: Sequence[Endpoint], timeout: float = 1.0) -> list[ServiceStatus]:
+def operator(gateway: GatewayConfig) -> list[tuple[str, str]]:
+    """Metadata that a gateway wants from those who look at the mesh, or drain it."""
+    key = gateway.admin_key or next(iter(gateway.api_keys), None)
+    return [("authorization", f"Bearer {key}")] if key else []
+
+
+async def collect(services: Sequence[Endpoint], gateway: GatewayConfig, timeout: float = 1.0) -> list[ServiceStatus]:
     """Asks all services at once; returns after `timeout` seconds at the latest. No service's silence is an error."""
-    return await asyncio.gather(*(_ask(endpoint, timeout) for endpoint in services))
+    keys = {ServiceRole.GATEWAY: operator(gateway)}
+    return await asyncio.gather(*(_ask(endpoint, keys.get(endpoint.role, []), timeout) for endpoint in services))
 
 
-async def _ask(endpoint: Endpoint, timeout: float) -> ServiceStatus:
+async def _ask(endpoint: Endpoint, metadata: list[tuple[str, str]], timeout: float) -> ServiceStatus:
     async with open_channel(endpoint.address) as channel:
         try:
             stub = admin_pb2_grpc.AdminServiceStub(channel)
-            reply = await stub.GetStatus(admin_pb2.GetStatusRequest(), timeout=timeout)
+            reply = await stub.GetStatus(admin_pb2.GetStatusRequest(), timeout=timeout, metadata=metadata)
         except grpc.aio.AioRpcError as error:
             problem = MeshError.from_rpc(error)
             return ServiceStatus(
@@ -239,7 +250,7 @@ def all_ready(statuses: Sequence[ServiceStatus]) -> bool:
 
 def status(config: MeshConfig, as_json: bool) -> int:
     """Prints the state of a mesh once. Returns 0 if all of it is ready, else 1."""
-    statuses = asyncio.run(collect(endpoints(config)))
+    statuses = asyncio.run(collect(endpoints(config), config.gateway))
     console = Screen()
     if as_json:
         print(to_json(statuses))

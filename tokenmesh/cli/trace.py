@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tokenmesh.cli.client import refused
+from tokenmesh.cli.status import operator
 from tokenmesh.config import MeshConfig
 from tokenmesh.rpc.channel import dial, open_channel
 from tokenmesh.telemetry import span_names as names
@@ -45,12 +46,10 @@ def trace(config: MeshConfig, key: str) -> int:
 
 async def _fetch(config: MeshConfig, key: str) -> observe_pb2.GetTraceResponse:
     gateway = config.gateway
-    token = gateway.admin_key or next(iter(gateway.api_keys), None)
-    metadata = [("authorization", f"Bearer {token}")] if token else []
     async with open_channel(dial(gateway.host, gateway.grpc_port)) as channel:
         stub = observe_pb2_grpc.ObserveServiceStub(channel)
         request = observe_pb2.GetTraceRequest(id=key)
-        answer: observe_pb2.GetTraceResponse = await stub.GetTrace(request, timeout=10, metadata=metadata)
+        answer: observe_pb2.GetTraceResponse = await stub.GetTrace(request, timeout=10, metadata=operator(gateway))
         return answer
 
 

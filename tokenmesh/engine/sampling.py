@@ -101,8 +101,7 @@ def from_vllm(params: SamplingParams) -> sampling_pb2.SamplingParams:
             hold, such as a negative token id, and for parameters that it does not have.
     """
     for field in _REFUSED:
-        value = getattr(params, field)
-        if value is not False and value != getattr(_AS_VLLM, field):
+        if _asked_for(field, getattr(params, field)):
             raise invalid(Reason.BAD_SAMPLING_PARAMS, f"{field} is not supported by this version", param=field)
     message = sampling_pb2.SamplingParams()
     # One by one, as protobuf does not say which field it refuses.
@@ -113,6 +112,15 @@ def from_vllm(params: SamplingParams) -> sampling_pb2.SamplingParams:
         with _fitting("structured_outputs"):
             _structured_from_vllm(params.structured_outputs, message.structured_outputs)
     return message
+
+
+def _asked_for(field: str, value: Any) -> bool:
+    """Whether a parameter is more than another way to say nothing, which vLLM's endpoints have some of."""
+    if field == "extra_args":
+        return bool(value)
+    if field == "repetition_detection" and value is not None:
+        return bool(value.max_pattern_size)
+    return value is not False and value != getattr(_AS_VLLM, field)
 
 
 @contextmanager

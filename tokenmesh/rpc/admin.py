@@ -26,11 +26,14 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         describe: Callable[[], admin_pb2.GetStatusResponse],
         reset_prefix_cache: Callable[[], Awaitable[bool]] | None = None,
         leave: Callable[[float], Awaitable[int]] | None = None,
+        check: Callable[[Any], None] = lambda _: None,
     ) -> None:
-        """`describe` fills in everything but version and uptime. Adds itself to `server`.
+        """`describe` fills in everything but version, uptime and outcomes. Adds itself to `server`.
 
         `leave(seconds)` is what a drain means beyond refusing new requests; it returns how much work remains.
+        `check` is given the context of each call, and raises MeshError for callers who may not.
         """
+        self._check = check
         self._leave = leave
         self._server = server
         self._requests = requests
@@ -44,6 +47,11 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         self, request: admin_pb2.GetStatusRequest, context: Context[Any, Any]
     ) -> admin_pb2.GetStatusResponse:
         """See admin.proto."""
+        self._check(context)
+        return self.status()
+
+    def status(self) -> admin_pb2.GetStatusResponse:
+        """What GetStatus answers; not ready from the moment of a drain."""
         status = self._describe()
         status.ready = status.ready and not self._requests.draining
         status.version = __version__
@@ -54,8 +62,9 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
 
     async def Drain(self, request: admin_pb2.DrainRequest, context: Context[Any, Any]) -> admin_pb2.DrainResponse:
         """See admin.proto."""
+        self._check(context)
         self._requests.draining = True
-        await self._server.not_ready()
+        await self._server.drain()
         remaining = context.time_remaining()
         deadline = time.monotonic() + (remaining - 0.5 if remaining is not None else 30.0)
         if self._leave is not None:
@@ -68,6 +77,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         self, request: admin_pb2.ResetPrefixCacheRequest, context: Context[Any, Any]
     ) -> admin_pb2.ResetPrefixCacheResponse:
         """See admin.proto."""
+        self._check(context)
         if len(self._requests) or not await self._reset_alone():
             raise MeshError(grpc.StatusCode.FAILED_PRECONDITION, Reason.BUSY, "blocks are still in use")
         return admin_pb2.ResetPrefixCacheResponse()

@@ -39,8 +39,12 @@ _LOOPBACK = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
 
 def dial(host: str, port: int) -> str:
     """host:port as clients on this machine reach it: a wildcard that is listened on is no address to call."""
-    host = _LOOPBACK.get(host, host)
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return join(_LOOPBACK.get(host, host), port)
+
+
+def join(host: str, port: int) -> str:
+    """host:port, in brackets if the host is an IPv6 address."""
+    return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
 
 
 def open_channel(address: str) -> grpc.aio.Channel:

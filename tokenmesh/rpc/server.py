@@ -14,7 +14,7 @@ from grpc_reflection.v1alpha import reflection
 
 from tokenmesh.context import WorkContext, adopt, bind
 from tokenmesh.rpc.calls import ServedCall
-from tokenmesh.rpc.channel import SERVER_OPTIONS
+from tokenmesh.rpc.channel import SERVER_OPTIONS, join
 from tokenmesh.rpc.errors import MeshError, Reason, abort
 from tokenmesh.telemetry import metric_names
 from tokenmesh.telemetry.metrics import Metrics
@@ -82,11 +82,16 @@ async def _fail(context: Context[Any, Any], method: str, error: Exception) -> No
     await abort(context, MeshError(grpc.StatusCode.INTERNAL, Reason.INTERNAL, "internal error"))
 
 
+LIVE = "live"
+"""A health service's name, SERVING from the start until a drain: for liveness where readiness depends on others."""
+
+
 class RpcServer:
     """One listener with health and reflection. Starts NOT_SERVING; `ready()` once the service can work."""
 
     def __init__(self, host: str, port: int) -> None:
-        self.address = f"{host}:{port}"
+        self.address = join(host, port)
+        self._drained = False
         self.metrics = Metrics()
         """Of the whole service, whose calls are the first of them."""
         self.server = grpc.aio.server(interceptors=[_Interceptor(self.metrics)], options=SERVER_OPTIONS)
@@ -106,15 +111,23 @@ class RpcServer:
         except RuntimeError as error:
             raise PortInUseError(f"cannot listen on {self.address}: the port is in use or not ours") from error
         await self._set(health_pb2.HealthCheckResponse.NOT_SERVING)
+        await self._health.set(LIVE, health_pb2.HealthCheckResponse.SERVING)
         await self.server.start()
 
     async def ready(self) -> None:
-        """Turns health to SERVING."""
-        await self._set(health_pb2.HealthCheckResponse.SERVING)
+        """Turns health to SERVING, unless the service has been drained."""
+        if not self._drained:
+            await self._set(health_pb2.HealthCheckResponse.SERVING)
 
     async def not_ready(self) -> None:
         """Turns health to NOT_SERVING; running calls go on."""
         await self._set(health_pb2.HealthCheckResponse.NOT_SERVING)
+
+    async def drain(self) -> None:
+        """Turns health to NOT_SERVING for good, liveness included: nothing but a new start takes work again."""
+        self._drained = True
+        await self.not_ready()
+        await self._health.set(LIVE, health_pb2.HealthCheckResponse.NOT_SERVING)
 
     async def _set(self, status: Any) -> None:
         for name in ("", *self._names):

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class AdminServiceStub:
-    """What operators ask of any service. Served by all of them, on the same port as their main service.
+    """What operators ask of any service. Served by all of them, on the same port as their main service. A gateway with keys
+    wants an operator's, as a Bearer token in the metadata: UNAUTHENTICATED (BAD_API_KEY) otherwise.
     """
 
     def __init__(self, channel):
@@ -53,7 +54,8 @@ class AdminServiceStub:
 
 
 class AdminServiceServicer:
-    """What operators ask of any service. Served by all of them, on the same port as their main service.
+    """What operators ask of any service. Served by all of them, on the same port as their main service. A gateway with keys
+    wants an operator's, as a Bearer token in the metadata: UNAUTHENTICATED (BAD_API_KEY) otherwise.
     """
 
     def GetStatus(self, request, context):
@@ -65,7 +67,8 @@ class AdminServiceServicer:
 
     def Drain(self, request, context):
         """Stops taking new work and returns when the old work is done or the deadline has passed.
-        Effects: health turns NOT_SERVING; new work is refused with UNAVAILABLE (DRAINING). Idempotent.
+        Effects: health turns NOT_SERVING for good, that of the name "live" as well; new work is refused with UNAVAILABLE
+        (DRAINING). Idempotent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -105,7 +108,8 @@ def add_AdminServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class AdminService:
-    """What operators ask of any service. Served by all of them, on the same port as their main service.
+    """What operators ask of any service. Served by all of them, on the same port as their main service. A gateway with keys
+    wants an operator's, as a Bearer token in the metadata: UNAUTHENTICATED (BAD_API_KEY) otherwise.
     """
 
     @staticmethod

@@ -89,14 +89,14 @@ async def serve(mesh: MeshConfig, replica: int, stop: asyncio.Event) -> None:
         await group.reset_caches()
         return True
 
-    AdminServicer(server, servicer.requests, describe, reset)
+    admin = AdminServicer(server, servicer.requests, describe, reset)
     counters = {
         metric_names.DECODE_REQUESTS: lambda: servicer.requests.outcomes,
         metric_names.DECISIONS: lambda: {decision_name(name): n for name, n in servicer.decisions.items()},
         metric_names.KV_FAILURES: lambda: handoff.failures,
         metric_names.KV_DROPPED: lambda: group.settling.dropped,
     }
-    server.metrics.add(StatusCollector(describe, counters))
+    server.metrics.add(StatusCollector(admin.status, counters))
     if group.ranks:
         server.metrics.add(group.stats.exchange)
     await server.start()

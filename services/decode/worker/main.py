@@ -53,8 +53,8 @@ async def serve(mesh: MeshConfig, replica: int, stop: asyncio.Event) -> None:
         )
 
     # Requests are the root's; the table only knows whether we take work.
-    AdminServicer(server, RequestTable(1), describe, leave=servicer.leave)
-    server.metrics.add(StatusCollector(describe, {metric_names.KV_DROPPED: lambda: servicer.settling.dropped}))
+    admin = AdminServicer(server, RequestTable(1), describe, leave=servicer.leave)
+    server.metrics.add(StatusCollector(admin.status, {metric_names.KV_DROPPED: lambda: servicer.settling.dropped}))
     shards: ShardProcesses | None = None
 
     def route(message: ToService) -> None:
