@@ -234,7 +234,7 @@ class GatewayConfig(_Section):
     api_keys: tuple[str, ...] = ()
     """Accepted Bearer keys; empty: no authentication."""
     admin_key: str | None = None
-    """Bearer key for the live page, ObserveService and the gateway's AdminService. Absent: ``api_keys`` open them too."""
+    """Bearer key for the live page, ObserveService and the gateway's AdminService. Absent: ``api_keys`` open them."""
     max_request_bytes: Annotated[int, Field(ge=1024)] = 8 << 20
     """Larger bodies are refused with 413."""
     request_timeout_s: Annotated[float, Field(gt=0)] = 600.0
