@@ -1,7 +1,8 @@
-"""The life of a request in a service: one enum, its allowed transitions, one table of the living."""
+"""The life of a service, and of a request in it: one enum, its allowed transitions, one table of the living."""
 
 from __future__ import annotations
 
+import asyncio
 import enum
 import time
 from collections import Counter
@@ -12,6 +13,12 @@ from dataclasses import dataclass, field
 import grpc
 
 from tokenmesh.rpc.errors import MeshError, Reason, unavailable
+
+
+class Stop(asyncio.Event):
+    """Set when a service is to end. One that has not `started` is not waited for: an engine may take half an hour."""
+
+    started = False
 
 
 class RequestState(enum.IntEnum):

@@ -19,7 +19,7 @@ from services.gateway.router import Router
 from tokenmesh.config import MeshConfig
 from tokenmesh.engine.host import engine_args
 from tokenmesh.heap import freeze_heap
-from tokenmesh.lifecycle import RequestState, RequestTable
+from tokenmesh.lifecycle import RequestState, RequestTable, Stop
 from tokenmesh.logs import setup_inherited_logging
 from tokenmesh.model_store import resolve_model
 from tokenmesh.rpc.admin import AdminServicer
@@ -36,7 +36,7 @@ log = structlog.get_logger()
 MAX_REQUESTS = 4096
 
 
-async def serve(mesh: MeshConfig, replica: int, stop: asyncio.Event) -> None:
+async def serve(mesh: MeshConfig, replica: int, stop: Stop) -> None:
     """Serves until `stop` is set, then drains.
 
     Raises PortInUseError, ModelNotFoundError, ConfigError.
@@ -90,6 +90,7 @@ async def serve(mesh: MeshConfig, replica: int, stop: asyncio.Event) -> None:
             setup_inherited_logging()
             servicer.attach(client)
             freeze_heap()
+            stop.started = True
             with exposed(server.metrics):
                 async with HttpServer(app, listener, grace=10, lifespan="on"):
                     health = asyncio.create_task(_follow_health(router, server))

@@ -10,7 +10,7 @@ from services.prefill.service import PrefillServicer
 from tokenmesh.config import MeshConfig
 from tokenmesh.engine.host import run_engine
 from tokenmesh.heap import freeze_heap
-from tokenmesh.lifecycle import RequestState
+from tokenmesh.lifecycle import RequestState, Stop
 from tokenmesh.model_store import resolve_model
 from tokenmesh.rpc.admin import AdminServicer
 from tokenmesh.rpc.server import RpcServer
@@ -22,7 +22,7 @@ from tokenmesh.v1 import admin_pb2, prefill_pb2, prefill_pb2_grpc
 log = structlog.get_logger()
 
 
-async def serve(mesh: MeshConfig, replica: int, stop: asyncio.Event) -> None:
+async def serve(mesh: MeshConfig, replica: int, stop: Stop) -> None:
     """Serves until `stop` is set, then drains.
 
     Raises PortInUseError, ModelNotFoundError.
@@ -69,7 +69,7 @@ async def serve(mesh: MeshConfig, replica: int, stop: asyncio.Event) -> None:
         ):
             servicer.attach(engine)
             freeze_heap()
-            ready = True
+            ready = stop.started = True
             await server.ready()
             log.info("prefill ready", address=server.address)
             await engine.serve_until(stop)

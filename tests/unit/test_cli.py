@@ -175,6 +175,22 @@ async def test_health_and_drain(config: MeshConfig) -> None:
     assert (await run("drain", address))[0] == 1
 
 
+@pytest.mark.timeout(300)
+async def test_a_service_that_is_told_to_stop_while_it_starts_ends_at_once(mesh_file: Path) -> None:
+    # 1. A real prefill service has begun to start its engine, which takes a minute and cannot be interrupted.
+    command = [sys.executable, "-m", "tokenmesh.cli.main", "serve", "prefill", "-c", str(mesh_file)]
+    process = await asyncio.create_subprocess_exec(*command, stdout=-3, stderr=-3)
+    service = psutil.Process(process.pid)
+    async with asyncio.timeout(200):
+        while len(service.children(recursive=True)) < 2:  # noqa: ASYNC110 - processes send no events
+            await asyncio.sleep(0.1)
+    begun = service.children(recursive=True)
+    # 2. SIGTERM ends it and them.
+    process.terminate()
+    assert await asyncio.wait_for(process.wait(), 15) == 0
+    assert psutil.wait_procs(begun, timeout=5)[1] == []
+
+
 async def test_listed_workers_are_part_of_the_mesh(config: MeshConfig) -> None:
     listed = config.decode_service.model_copy(
         update={"group": config.decode_service.group.model_copy(update={"workers": ("w:1", "w:2")})}

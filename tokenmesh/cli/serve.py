@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
 import importlib
+import os
 import signal
 import sys
 from pathlib import Path
+from typing import NoReturn
 
+import psutil
 import structlog
 import uvloop
 
 from tokenmesh.config import ConfigError, DecodeWorkerConfig, EngineConfig, MeshConfig, load_config
 from tokenmesh.cpus import confine
 from tokenmesh.gpus import show_gpus
+from tokenmesh.lifecycle import Stop
 from tokenmesh.logs import setup_logging
 from tokenmesh.model_store import ModelNotFoundError
 from tokenmesh.rpc.server import PortInUseError
 from tokenmesh.telemetry.export import recording
 
 log = structlog.get_logger()
+
+END_S = 5.0
+"""For a service that has not started to let go of what it has."""
 
 
 class ServiceRole(enum.StrEnum):
@@ -52,16 +60,27 @@ def serve(role: ServiceRole, config: Path | None, replica: int) -> int:
     except ValueError as error:
         print(f"tokenmesh: {role.value}: {error}", file=sys.stderr)
         return 2
+    # Process 1 of a container gets no signal that it has no handler for. Nothing has been started yet.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     setup_logging(mesh.log.level, mesh.log.format, role=role.value, replica=replica)
     # Imported late: a gateway must not pay for engines, nor a bad configuration for any of them.
     module = importlib.import_module(_MODULES[role])
 
     async def run() -> None:
-        stop = asyncio.Event()
+        stop = Stop()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stop.set)
-        await module.serve(mesh, replica, stop)
+        serving = asyncio.create_task(module.serve(mesh, replica, stop))
+        stopping = asyncio.create_task(stop.wait())
+        await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if not serving.done() and not stop.started:
+            log.info("told to stop before it has started")
+            serving.cancel()
+            await asyncio.wait({serving}, timeout=END_S)
+            _end_now()
+        await serving
 
     try:
         with recording(mesh, role.value, replica):
@@ -74,6 +93,14 @@ def serve(role: ServiceRole, config: Path | None, replica: int) -> int:
         print(f"tokenmesh: {role.value} failed: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _end_now() -> NoReturn:
+    """Ends this process and what it has begun to start: the thread that starts an engine cannot be cancelled."""
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    os._exit(0)
 
 
 def _confine(mesh: MeshConfig, role: ServiceRole, replica: int) -> None:

@@ -14,7 +14,7 @@ from tokenmesh.config import MeshConfig
 from tokenmesh.engine.host import run_engine
 from tokenmesh.heap import freeze_heap
 from tokenmesh.kv.messages import RankDetached, StepTimes, ToService
-from tokenmesh.lifecycle import RequestState
+from tokenmesh.lifecycle import RequestState, Stop
 from tokenmesh.model_store import resolve_model
 from tokenmesh.rpc.admin import AdminServicer
 from tokenmesh.rpc.server import RpcServer
@@ -26,7 +26,7 @@ from tokenmesh.v1 import admin_pb2, decode_pb2, decode_pb2_grpc
 log = structlog.get_logger()
 
 
-async def serve(mesh: MeshConfig, replica: int, stop: asyncio.Event) -> None:
+async def serve(mesh: MeshConfig, replica: int, stop: Stop) -> None:
     """Serves until `stop` is set, then drains.
 
     Raises PortInUseError, ModelNotFoundError.
@@ -110,7 +110,7 @@ async def serve(mesh: MeshConfig, replica: int, stop: asyncio.Event) -> None:
             await group.start(engine)
             servicer.attach(engine)
             freeze_heap()
-            ready = True
+            ready = stop.started = True
             await server.ready()
             log.info("decode root ready", address=server.address, prefills=list(prefills))
             keepers = [asyncio.create_task(handoff.keep_connected(address)) for address in prefills]

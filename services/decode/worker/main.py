@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import structlog
 
 from services.decode.worker.processes import ShardProcesses
@@ -12,7 +10,7 @@ from tokenmesh.config import MeshConfig
 from tokenmesh.heap import freeze_heap
 from tokenmesh.kv.hub import LinkHub
 from tokenmesh.kv.messages import ToService
-from tokenmesh.lifecycle import RequestTable
+from tokenmesh.lifecycle import RequestTable, Stop
 from tokenmesh.rpc.admin import AdminServicer
 from tokenmesh.rpc.server import RpcServer
 from tokenmesh.telemetry import metric_names
@@ -25,7 +23,7 @@ log = structlog.get_logger()
 DRAIN_S = 10.0
 
 
-async def serve(mesh: MeshConfig, replica: int, stop: asyncio.Event) -> None:
+async def serve(mesh: MeshConfig, replica: int, stop: Stop) -> None:
     """Serves until `stop` is set, then leaves its group.
 
     Raises PortInUseError, ConfigError.
@@ -72,7 +70,7 @@ async def serve(mesh: MeshConfig, replica: int, stop: asyncio.Event) -> None:
                 await shards.ensure(mesh.decode_service.tensor_parallel_size)
                 servicer.attach(shards)
                 freeze_heap()
-                ready = True
+                ready = stop.started = True
                 await server.ready()
                 log.info("decode worker ready", address=server.address)
                 await stop.wait()
