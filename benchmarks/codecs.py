@@ -209,18 +209,20 @@ def mesh_of(codec: str) -> MeshConfig:
             return int(probe.getsockname()[1])
 
     engine = {"kv_cache_memory_bytes": 256 << 20, "enforce_eager": True, "max_num_batched_tokens": 256}
-    return MeshConfig(
-        dtype="float32",
-        max_model_len=2048,
-        gateway={"port": port(), "grpc_port": port()},
-        prefill_service={"port": port(), "cpu_omp_threads_bind": "1", **engine},
-        decode_service={
-            "port": port(),
-            "cpu_omp_threads_bind": "0",
-            "token_parallel_size": 1,
-            "kv_transfer": {"codec": codec},
-            **engine,
-        },
+    return MeshConfig.model_validate(
+        {
+            "dtype": "float32",
+            "max_model_len": 2048,
+            "gateway": {"port": port(), "grpc_port": port()},
+            "prefill_service": {"port": port(), "cpu_omp_threads_bind": "1", **engine},
+            "decode_service": {
+                "port": port(),
+                "cpu_omp_threads_bind": "0",
+                "token_parallel_size": 1,
+                "kv_transfer": {"codec": codec},
+                **engine,
+            },
+        }
     )
 
 

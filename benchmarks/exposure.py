@@ -100,7 +100,7 @@ async def prefill_path(config: MeshConfig, place: Place) -> AsyncIterator[Prefil
         await server.start()
         stack.push_async_callback(server.stop, 1)
         geometry = engine.movers[0].geometry
-        blocks = geometry.blocks_for(config.max_model_len)
+        blocks = geometry.blocks_for(engine.llm.model_config.max_model_len)
         layout = Layout("owner", geometry.layers, geometry.block_bytes, range(blocks), range(blocks))
         transfer = config.prefill_service.kv_transfer
         chunk = transfer.chunk(device=place.device is not None)

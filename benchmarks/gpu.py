@@ -102,22 +102,24 @@ def write_model(shape: Mapping[str, Any], folder: Path) -> Path:
 
 def config(model: Path, side: str) -> MeshConfig:
     """One engine on the whole GPU; nothing moves in or out."""
-    return MeshConfig(
-        model=str(model),
-        dtype="bfloat16",
-        max_model_len=max(context for _, context in LOADS) + 2 * TOKENS,
-        prefill_service={"replicas": 0},
-        decode_service={
-            "kv_transfer": {"transport": "none"},
-            "max_num_seqs": MAX_SEQS,
-            "max_num_batched_tokens": 8192,
-            "block_size": BLOCK,
-            "gpu_memory_utilization": 0.88,
-            "enable_prefix_caching": False,
-            "remote_prefill_min_tokens": 1,
-            "engine_args": ENGINE_ARGS,
-            **SIDES[side],
-        },
+    return MeshConfig.model_validate(
+        {
+            "model": str(model),
+            "dtype": "bfloat16",
+            "max_model_len": max(context for _, context in LOADS) + 2 * TOKENS,
+            "prefill_service": {"replicas": 0},
+            "decode_service": {
+                "kv_transfer": {"transport": "none"},
+                "max_num_seqs": MAX_SEQS,
+                "max_num_batched_tokens": 8192,
+                "block_size": BLOCK,
+                "gpu_memory_utilization": 0.88,
+                "enable_prefix_caching": False,
+                "remote_prefill_min_tokens": 1,
+                "engine_args": ENGINE_ARGS,
+                **SIDES[side],
+            },
+        }
     )
 
 

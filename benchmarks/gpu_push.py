@@ -88,18 +88,20 @@ async def goodputs() -> list[dict[str, Any]]:
 
 def config(model: Path, engine_args: Mapping[str, Any]) -> MeshConfig:
     """A prefill service on the first GPU."""
-    return MeshConfig(
-        model=str(model),
-        dtype="bfloat16",
-        max_model_len=max(PROMPTS) + 64,
-        prefill_service={
-            "max_num_seqs": 16,
-            "max_num_batched_tokens": max(PROMPTS),
-            "block_size": 16,
-            "gpu_memory_utilization": 0.6,
-            "enable_prefix_caching": False,
-            "engine_args": dict(engine_args),
-        },
+    return MeshConfig.model_validate(
+        {
+            "model": str(model),
+            "dtype": "bfloat16",
+            "max_model_len": max(PROMPTS) + 64,
+            "prefill_service": {
+                "max_num_seqs": 16,
+                "max_num_batched_tokens": max(PROMPTS),
+                "block_size": 16,
+                "gpu_memory_utilization": 0.6,
+                "enable_prefix_caching": False,
+                "engine_args": dict(engine_args),
+            },
+        }
     )
 
 

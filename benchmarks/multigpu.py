@@ -90,29 +90,31 @@ def config(shape: str, side: str, model: Path, gpus: int) -> MeshConfig:
     tensor = gpus if side == "tensor_parallel" else 1
     ranks = gpus if side == "token_parallel" else 1
     memory = torch.cuda.get_device_properties(0).total_memory
-    return MeshConfig(
-        model=str(model),
-        dtype="bfloat16",
-        max_model_len=max(context for _, context in LOADS[shape]) + 2 * TOKENS,
-        prefill_service={"replicas": 0},
-        decode_service={
-            "tensor_parallel_size": tensor,
-            "token_parallel_size": ranks,
-            "group": {"exchange": "nccl"},
-            "kv_transfer": {"transport": "none"},
-            "max_num_seqs": MAX_SEQS,
-            "max_num_batched_tokens": 8192,
-            "block_size": BLOCK,
-            "gpu_memory_utilization": MEMORY,
-            "enable_prefix_caching": False,
-            "remote_prefill_min_tokens": 1,
-            "engine_args": ENGINE_ARGS,
-        },
-        decode_worker={
-            "gpus": f"1-{gpus - 1}" if gpus > 1 else None,
-            "kv_cache_memory_bytes": int(MEMORY * memory) - WORKER_SPARE,
-            "kv_transfer": {"transport": "none"},
-        },
+    return MeshConfig.model_validate(
+        {
+            "model": str(model),
+            "dtype": "bfloat16",
+            "max_model_len": max(context for _, context in LOADS[shape]) + 2 * TOKENS,
+            "prefill_service": {"replicas": 0},
+            "decode_service": {
+                "tensor_parallel_size": tensor,
+                "token_parallel_size": ranks,
+                "group": {"exchange": "nccl"},
+                "kv_transfer": {"transport": "none"},
+                "max_num_seqs": MAX_SEQS,
+                "max_num_batched_tokens": 8192,
+                "block_size": BLOCK,
+                "gpu_memory_utilization": MEMORY,
+                "enable_prefix_caching": False,
+                "remote_prefill_min_tokens": 1,
+                "engine_args": ENGINE_ARGS,
+            },
+            "decode_worker": {
+                "gpus": f"1-{gpus - 1}" if gpus > 1 else None,
+                "kv_cache_memory_bytes": int(MEMORY * memory) - WORKER_SPARE,
+                "kv_transfer": {"transport": "none"},
+            },
+        }
     )
 
 
@@ -243,8 +245,8 @@ def main() -> int:
     options = parser.parse_args()
     if options.child:
         wait_for_turn()
-        measured = asyncio.run(measure(*options.child, options.gpus))
-        options.out.write_text(json.dumps(asdict(measured)))
+        shape, side = options.child
+        options.out.write_text(json.dumps(asdict(asyncio.run(measure(shape, side, options.gpus)))))
         return 0
     if options.gpus < 2:
         parser.error("two GPUs are needed")

@@ -31,7 +31,7 @@ def install() -> None:
     """
     if (HOME / ".ready").exists():
         return
-    pip = [HOME / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip = [str(HOME / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     try:
         subprocess.run([sys.executable, "-m", "venv", HOME], check=True, capture_output=True, text=True)
         subprocess.run([*pip, "numpy"], check=True, capture_output=True, text=True)

@@ -60,20 +60,22 @@ class Measured:
 def config(ranks: int, model: str, dtype: str) -> MeshConfig:
     """A root on core 0 and a worker on core 1, eager, prefix caches off."""
     port, worker, *_ = free_ports(4)
-    return MeshConfig(
-        model=model,
-        dtype=dtype,
-        max_model_len=4096,
-        decode_service={
-            "port": port,
-            "token_parallel_size": ranks,
-            "cpu_omp_threads_bind": "0",
-            "kv_cache_memory_bytes": KV_BYTES,
-            "enforce_eager": True,
-            "enable_prefix_caching": False,
-            "remote_prefill_min_tokens": 1,
-        },
-        decode_worker={"port": worker, "cpu_omp_threads_bind": "1", "kv_cache_memory_bytes": KV_BYTES},
+    return MeshConfig.model_validate(
+        {
+            "model": model,
+            "dtype": dtype,
+            "max_model_len": 4096,
+            "decode_service": {
+                "port": port,
+                "token_parallel_size": ranks,
+                "cpu_omp_threads_bind": "0",
+                "kv_cache_memory_bytes": KV_BYTES,
+                "enforce_eager": True,
+                "enable_prefix_caching": False,
+                "remote_prefill_min_tokens": 1,
+            },
+            "decode_worker": {"port": worker, "cpu_omp_threads_bind": "1", "kv_cache_memory_bytes": KV_BYTES},
+        }
     )
 
 
