@@ -85,7 +85,7 @@ lock: ## resolve requirements/*.in again (needs uv)
 	cd requirements && $(LOCK) cpu.in -o cpu.lock && $(LOCK) dev.in -c cpu.lock -o dev.full
 	cd requirements && grep -vxFf cpu.lock dev.full > dev.lock; rm dev.full
 
-bench: bench-mesh bench-tknp bench-kv bench-telemetry ## all benchmarks of this machine
+bench: bench-mesh bench-tknp bench-kv bench-codecs bench-telemetry ## all benchmarks of this machine
 
 bench-telemetry: $(READY) ## spans on against off, paired; JSON and plot in build/bench
 	$(BIN)/python -m benchmarks.telemetry

@@ -80,7 +80,7 @@ class EngineConfig(_Section):
     """What prefill and decode engines have in common. Names and meanings are vLLM's."""
 
     model: str | None = None
-    """Overrides the mesh's model; rarely useful, as both sides must run the same weights."""
+    """The mesh's, or absent: both sides must run the same weights."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None
     tensor_parallel_size: Annotated[int, Field(ge=1)] = 1
     max_model_len: Annotated[int, Field(ge=1)] | None = None
@@ -232,7 +232,7 @@ class GatewayConfig(_Section):
     prefills: tuple[str, ...] | None = None
     """host:port of prefill services. Absent: those of ``prefill_service``."""
     api_keys: tuple[str, ...] = ()
-    """Accepted Bearer keys; empty: no authentication."""
+    """Accepted Bearer keys; empty: no authentication. Health, /metrics, /version and reflection stay open."""
     admin_key: str | None = None
     """Bearer key for the live page, ObserveService and the gateway's AdminService. Absent: ``api_keys`` open them."""
     max_request_bytes: Annotated[int, Field(ge=1024)] = 8 << 20

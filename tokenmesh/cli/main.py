@@ -73,7 +73,7 @@ def generate(
     config: ConfigOption = None,
     max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 256,
     temperature: Annotated[
-        float | None, typer.Option(help="Softmax temperature; 0 is greedy. Absent: the model's default.", min=0)
+        float | None, typer.Option(help="Softmax temperature; 0 is greedy. Absent: 1.", min=0)
     ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, with no chat template.")] = False,
 ) -> None:

@@ -75,7 +75,9 @@ class AdminServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ResetPrefixCache(self, request, context):
-        """Empties prefix caches so that measurements start cold. Refused with FAILED_PRECONDITION (BUSY) while work runs.
+        """Empties the prefix cache of a prefill service, or of a root and its ranks, so that measurements start cold; of other
+        services there is nothing to empty. Refused with FAILED_PRECONDITION (BUSY) while work runs; new work is refused
+        meanwhile.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

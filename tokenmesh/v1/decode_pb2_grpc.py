@@ -65,14 +65,16 @@ class DecodeServiceServicer:
         request_id is unique among live sequences: a second one is refused with ALREADY_EXISTS.
         Deadline: honoured when set; the sequence is aborted when it passes.
         Errors: INVALID_ARGUMENT (EMPTY_PROMPT, PROMPT_TOO_LONG, TOKEN_OUT_OF_VOCABULARY, BAD_SAMPLING_PARAMS),
-        ALREADY_EXISTS (DUPLICATE_REQUEST), RESOURCE_EXHAUSTED (QUEUE_FULL), UNAVAILABLE (DRAINING, ENGINE_DEAD).
+        ALREADY_EXISTS (DUPLICATE_REQUEST), RESOURCE_EXHAUSTED (QUEUE_FULL), UNAVAILABLE (ENGINE_DEAD; DRAINING,
+        also while the engine starts).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Abort(self, request, context):
-        """Aborts live sequences. Idempotent: unknown ids are ignored. Returns once no step will run for them.
+        """Aborts live sequences. Idempotent: unknown ids are ignored. Returns once the engine has been told; a step that runs
+        may still end.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -65,9 +65,10 @@ class InferenceServiceServicer:
     def StreamGenerate(self, request, context):
         """Generates text and streams it.
 
-        Cancelling the call aborts the work everywhere. Deadline: honoured when set.
+        Cancelling the call aborts the work everywhere. Deadline: honoured when set, and never longer than the gateway's
+        request_timeout_s (DEADLINE_EXCEEDED).
         Errors: INVALID_ARGUMENT with ErrorInfo(reason, metadata.param), NOT_FOUND (MODEL_NOT_FOUND), RESOURCE_EXHAUSTED
-        (QUEUE_FULL), UNAVAILABLE (NO_DECODE_ROOT).
+        (QUEUE_FULL: of the root, or of this gateway), UNAVAILABLE (NO_DECODE_ROOT, DRAINING, ENGINE_DEAD).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -63,9 +63,10 @@ class PrefillServiceServicer:
         returns after the owner has acknowledged every byte. Without a target the prompt only enters the prefix cache.
         A cancelled call stops computing and sending. Repeating a call needs a new transfer id.
         Deadline: required; the call fails with DEADLINE_EXCEEDED and sends nothing more once it has passed.
-        Errors: INVALID_ARGUMENT (EMPTY_PROMPT, PROMPT_TOO_LONG, TOKEN_OUT_OF_VOCABULARY, BAD_TARGET),
-        FAILED_PRECONDITION (GEOMETRY_MISMATCH), RESOURCE_EXHAUSTED (QUEUE_FULL, NO_CREDIT), UNAVAILABLE (DRAINING,
-        KV_OWNER_UNREACHABLE), INTERNAL (KV_TRANSFER_FAILED).
+        Errors: INVALID_ARGUMENT (EMPTY_PROMPT, PROMPT_TOO_LONG, TOKEN_OUT_OF_VOCABULARY, BAD_TARGET, DEADLINE_MISSING),
+        FAILED_PRECONDITION (GEOMETRY_MISMATCH), ALREADY_EXISTS (DUPLICATE_REQUEST), RESOURCE_EXHAUSTED (QUEUE_FULL,
+        NO_CREDIT), UNAVAILABLE (KV_OWNER_UNREACHABLE, ENGINE_DEAD; DRAINING, also while the engine starts), INTERNAL
+        (KV_TRANSFER_FAILED).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -87,7 +87,9 @@ class WorkerServiceServicer:
         same root may attach again: what it had is dropped first. If no root connects within 30 s, or the one that did
         goes away, the partition is freed as by Detach.
         Errors: FAILED_PRECONDITION (ALREADY_ATTACHED: to another root), INVALID_ARGUMENT
-        (UNSUPPORTED_ATTENTION, BAD_REQUEST), RESOURCE_EXHAUSTED (NOT_ENOUGH_MEMORY), UNAVAILABLE (DRAINING).
+        (BAD_REQUEST; UNSUPPORTED_ATTENTION, also where a shard cannot have its memory), RESOURCE_EXHAUSTED
+        (NOT_ENOUGH_MEMORY: more blocks than kv_cache_memory_bytes holds), UNAVAILABLE (DRAINING, also while it starts;
+        KV_OWNER_UNREACHABLE: a shard or its mover does not start).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -125,7 +127,8 @@ class WorkerServiceServicer:
 
     def ExpectKv(self, request, context):
         """Opens a ticket: whoever shows the transfer id may write these blocks once, from when this returns. Errors:
-        FAILED_PRECONDITION (NOT_ATTACHED), UNAVAILABLE (KV_OWNER_UNREACHABLE: a mover does not answer).
+        FAILED_PRECONDITION (NOT_ATTACHED), INVALID_ARGUMENT (BAD_TARGET), UNAVAILABLE (KV_OWNER_UNREACHABLE: a mover does
+        not answer).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

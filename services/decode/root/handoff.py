@@ -45,8 +45,6 @@ RECONNECT_S = 0.5
 RETRY_AFTER_S = 2.0
 """A prefill service that was unreachable is tried last for this long."""
 
-_OUR_FAULT = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION)
-
 
 @dataclass
 class Prompt:
@@ -199,7 +197,8 @@ class HandOff:
                 self._metrics.attempt(error.reason.value, time.monotonic() - begun)
                 self.failures[error.reason.value] += 1
                 log.warning("remote prefill failed", prefill=address, reason=error.reason.value, error=error.message)
-                if error.code in _OUR_FAULT:
+                if error.code is grpc.StatusCode.INVALID_ARGUMENT:
+                    # The prompt's fault. A service of another geometry says nothing about the next one.
                     return False
         return False
 
