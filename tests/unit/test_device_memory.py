@@ -87,7 +87,14 @@ def test_a_digest_sees_every_flip_and_every_exchange() -> None:
         a, b = rng.sample(range(len(words)), 2)
         words[[a, b]] = words[[b, a]]
         assert int(reference(words.view(torch.uint8))) != whole
-    # (2) Zeros count by their number, and digests add up.
+    # (2) Of the same bit in several words: what a bad line does.
+    for bit in range(64):
+        for count in (2, 16):
+            words = payload.clone().view(torch.int64)
+            flipped = rng.sample(range(len(words)), count)
+            words[flipped] ^= torch.tensor(1 << bit if bit < 63 else -(1 << 63), dtype=torch.int64)
+            assert int(reference(words.view(torch.uint8))) != whole
+    # (3) Zeros count by their number, and digests add up.
     zeros = [int(reference(torch.zeros(8 * n, dtype=torch.uint8))) for n in range(1, 50)]
     assert len(set(zeros)) == len(zeros)
     tally = Tally(payload.device)

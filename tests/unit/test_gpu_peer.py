@@ -128,7 +128,7 @@ def test_a_rank_that_answers_stays(watch: PeerWatch, rank: FakeRank) -> None:
     # (2) Nobody is lost, however long nothing more comes.
     time.sleep(2 * DEADLINE_S)
     assert not watch.stale
-    assert watch.take_lost() == {}
+    assert watch.lost() == {}
 
 
 def test_a_rank_that_goes_is_lost_at_once(watch: PeerWatch, rank: FakeRank) -> None:
@@ -136,13 +136,26 @@ def test_a_rank_that_goes_is_lost_at_once(watch: PeerWatch, rank: FakeRank) -> N
     rank.end()
     # (1) Its connection ends, and with it whatever kernels wait for.
     assert soon(lambda: pair.aborted)
-    assert list(watch.take_lost()) == [(1, 7)]
-    # (2) It is told of once, and taken out when the model's thread asks for it.
-    assert watch.take_lost() == {}
+    assert list(watch.lost()) == [(1, 7)]
+    # (2) It is taken out when the model's thread asks for it, and told of with every step until it is dropped: that of
+    # a step which is under way already, too.
     assert watch.stale
     watch.announce(1, STEP)
     assert [peer.rank for peer in watch.retire()] == [1]
     assert not watch.peers
+    watch.drop(1, 6)
+    assert list(watch.lost()) == [(1, 7)]
+    watch.drop(1, 7)
+    assert watch.lost() == {}
+
+
+def test_a_rank_lost_under_a_capture_does_not_stop_it(watch: PeerWatch, rank: FakeRank) -> None:
+    # (1) Graphs are captured under the lock, and a verb within fails.
+    with watch.lock:
+        (peer,) = watch.peers.values()
+        watch.lose(peer, "aborted")
+    # (2) Noted, as at any other time.
+    assert list(watch.lost()) == [(1, 7)]
 
 
 def test_a_silent_rank_is_lost_at_the_deadline(watch: PeerWatch, rank: FakeRank) -> None:
@@ -151,7 +164,7 @@ def test_a_silent_rank_is_lost_at_the_deadline(watch: PeerWatch, rank: FakeRank)
     started = time.monotonic()
     assert soon(lambda: pair_of(watch).aborted)
     assert time.monotonic() - started > DEADLINE_S / 2
-    assert watch.take_lost() == {(1, 7): f"silent for {DEADLINE_S:g} s"}
+    assert watch.lost() == {(1, 7): f"silent for {DEADLINE_S:g} s"}
 
 
 def test_a_dropped_rank_keeps_its_pair_until_it_is_taken_out(watch: PeerWatch, rank: FakeRank) -> None:
@@ -163,7 +176,7 @@ def test_a_dropped_rank_keeps_its_pair_until_it_is_taken_out(watch: PeerWatch, r
     assert watch.stale
     assert not pair_of(watch).aborted
     # (3) Nobody needs to be told: whoever dropped it knows.
-    assert watch.take_lost() == {}
+    assert watch.lost() == {}
     pair = pair_of(watch)
     watch.bury(watch.retire())
     assert pair.closed

@@ -200,3 +200,10 @@ def test_nobody_comes(loop: UcxLoop) -> None:
     begin = time.monotonic()
     assert loop.accept(TOKEN, 0.3) is None
     assert 0.3 <= time.monotonic() - begin < 1
+
+
+def test_a_loop_leaves_no_settings_behind() -> None:
+    # A mover that its process starts later would take them for an operator's, and a GPU's could not reach its memory.
+    before = dict(os.environ)
+    UcxLoop("tcp").close()
+    assert dict(os.environ) == before

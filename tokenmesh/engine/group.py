@@ -81,9 +81,9 @@ class RankGroup:
             known[1].close()
 
     def take_lost(self) -> dict[tuple[int, int], str]:
-        """(rank, epoch) → why, of ranks lost since last asked."""
+        """(rank, epoch) → why, of ranks lost since last asked; of those on other GPUs, lost and not dropped yet."""
         lost, self._lost = self._lost, {}
-        return lost if self.watch is None else self.watch.take_lost()
+        return lost if self.watch is None else self.watch.lost()
 
     def begin(
         self, shares: list[tuple[int, torch.Tensor | slice]], plans: list[tuple[IntArray, IntArray, IntArray]]

@@ -177,7 +177,12 @@ class Receiver:
             staging = await self._staging.get()
             if len(staging) < header.length:
                 # Its sender is configured to send larger messages than we are.
-                (staging,) = self._memory.buffers(1, header.length)
+                try:
+                    (larger,) = self._memory.buffers(1, header.length)
+                except BaseException:
+                    self._staging.put_nowait(staging)
+                    raise
+                staging = larger
             received = inlet.endpoint.recv(staging[: header.length], PAYLOAD_CHANNEL, bulk=True)
             inlet.start(inlet.applied, self._receive(received, header, staging, inlet))
         elif header.kind is Kind.COMMIT:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 _SHM = {"UCX_MM_ERROR_HANDLING": "y"}
 _TCP = {"UCX_TLS": "tcp", "UCX_RNDV_SCHEME": "put_zcopy"}
@@ -27,6 +29,21 @@ def environment(transport: str, device: bool = False) -> Mapping[str, str]:
         chosen = {"auto": {**_SHM, **_GET}, "tcp": {"UCX_TLS": "tcp,cuda_copy"}, "system": {}}[transport]
     # A restarted service must get its listener's port back at once.
     return {"UCX_TCP_CM_REUSEADDR": "y", "UCX_WARN_UNUSED_ENV_VARS": "n", **chosen}
+
+
+@contextmanager
+def in_environment(settings: Mapping[str, str]) -> Iterator[None]:
+    """Sets what is not set, while UCX reads it: on import, and as a context and a worker are made.
+
+    Not longer: a mover that is started later has settings of its own.
+    """
+    added = {name: value for name, value in settings.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
 
 
 class _TransportEntry(ctypes.Structure):

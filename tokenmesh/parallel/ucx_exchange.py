@@ -36,16 +36,15 @@ class UcxLoop:
 
     def __init__(self, transport: str) -> None:
         """`transport` as in KvTransferConfig."""
-        # UCX reads its environment on import.
         settings = {**transports.environment(transport), "UCX_RNDV_THRESH": str(EAGER_BYTES)}
-        os.environ.update({k: v for k, v in settings.items() if k not in os.environ})
-        from ucxx._lib import libucxx as core
-        from ucxx._lib.arr import Array
+        with transports.in_environment(settings):
+            from ucxx._lib import libucxx as core
+            from ucxx._lib.arr import Array
 
-        self.core, self.array = core, Array
-        self._context = core.UCXContext({}, (core.Feature.TAG, core.Feature.WAKEUP))
-        self.worker = core.UCXWorker(self._context)
-        self.worker.init_blocking_progress_mode()
+            self.core, self.array = core, Array
+            self._context = core.UCXContext({}, (core.Feature.TAG, core.Feature.WAKEUP))
+            self.worker = core.UCXWorker(self._context)
+            self.worker.init_blocking_progress_mode()
         self._listener: Any = None
         self._arrived: list[Any] = []
 

@@ -219,8 +219,6 @@ class Partition:
             torch.cuda.set_device(device)
             self._kv = torch.zeros(size, dtype=shape.torch_dtype, device=device)
             torch.cuda.synchronize(device)
-            if args.kv_transport != "none":
-                self._shared = _share(self._kv, order, args)
             self.protocol = DeviceRank(spec, self._kv)
         else:
             from tokenmesh.engine.cpu_kernel import CpuKernel
@@ -228,13 +226,20 @@ class Partition:
             # In shared memory from the start: moving it there later would take its size twice for a moment.
             storage = torch.UntypedStorage._new_shared(math.prod(size) * shape.torch_dtype.itemsize, device="cpu")
             self._kv = torch.empty(0, dtype=shape.torch_dtype).set_(storage).view(size).zero_()
-            if args.kv_transport != "none":
-                self._shared = _share(self._kv, order, args)
             self.protocol = RankProtocol(spec, order.blocks, CpuKernel(spec, self._kv))
+        # Last: nobody would end the mover of a partition that fails to be made.
+        if args.kv_transport != "none":
+            self._shared = _share(self._kv, order, args)
 
     def zero(self) -> None:
-        """Overwrites every block."""
+        """Overwrites every block. Returns once they are: kernels of the next step run on a stream of their own."""
+        if self._kv.is_cuda:
+            import torch
+
+            torch.cuda.synchronize(self._kv.device)
         self._kv.zero_()
+        if self._kv.is_cuda:
+            torch.cuda.synchronize(self._kv.device)
 
     def close(self) -> None:
         """Ends the mover and what the device may wait for; the memory goes with the last reference."""

@@ -94,8 +94,9 @@ class PeerWatch:
         self._device = device
         self._deadline_s = deadline_s
         self._loop = UcxLoop(transport)
-        self.lock = threading.Lock()
-        """Held while nobody may look: UCX is used by one thread at a time, and a capture suffers no other's calls."""
+        self.lock = threading.RLock()
+        """Held while nobody may look: UCX is used by one thread at a time, and a capture suffers no other's calls. Who
+        holds it for a capture may lose a rank within it."""
         self._closed = threading.Event()
         self.peers: dict[int, GpuPeer] = {}
         self._lost: dict[tuple[int, int], str] = {}
@@ -142,6 +143,9 @@ class PeerWatch:
     def drop(self, rank: int, epoch: int | None) -> None:
         """Gives a rank up, unless another epoch of it is here by now."""
         with self.lock:
+            # Whoever is to know of its loss does by now.
+            for gone in [key for key in self._lost if key[0] == rank and epoch in (None, key[1])]:
+                del self._lost[gone]
             peer = self.peers.get(rank)
             if peer is not None and epoch in (None, peer.epoch) and not peer.lost:
                 # The step under way still counts on it; only its graph must not see it again.
@@ -166,11 +170,14 @@ class PeerWatch:
         event.record()
         self._steps.append((event, time.monotonic()))
 
-    def take_lost(self) -> dict[tuple[int, int], str]:
-        """(rank, epoch) → why, of those lost since last asked."""
+    def lost(self) -> dict[tuple[int, int], str]:
+        """(rank, epoch) → why, of those lost and not dropped yet.
+
+        Told with every step until then: the next step has been launched when the tokens of one are looked at, and each
+        must say that some of its own are rubbish.
+        """
         with self.lock:
-            lost, self._lost = self._lost, {}
-        return lost
+            return dict(self._lost)
 
     def lose(self, peer: GpuPeer, reason: str) -> None:
         """Gives a rank up that failed."""

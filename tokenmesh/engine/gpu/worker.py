@@ -135,7 +135,7 @@ class _WatchedOutput(AsyncModelRunnerOutput):
 
 
 def _report(output: ModelRunnerOutput, watch: PeerWatch) -> ModelRunnerOutput:
-    lost = watch.take_lost()
+    lost = watch.lost()
     if lost:
         connector = output.kv_connector_output or KVConnectorOutput()
         known = connector.kv_connector_worker_meta

@@ -6,7 +6,8 @@ import triton.language as tl
 
 # One program per WORDS of `count` words (8 bytes) of a message, which lie at `flat`: the cells of a layer back to back,
 # one layer after the other. In the cache a cell is the `bases[layer] + ids[its place in the layer]`-th of `cells`.
-# GATHER copies from there, SCATTER to there. Without SCATTER, words are added up; `place` and `mix` as in `digest`.
+# GATHER copies from there, SCATTER to there. Without SCATTER, words are added up; `place`, `mix`, `mix_again` as in
+# `digest`.
 # `state` is what programs have added up and how many have, zeros before and after. The last of them writes the digest
 # to `answer`, which the host reads.
 @triton.jit(do_not_specialize=["count", "per_layer", "layer"])
@@ -23,6 +24,7 @@ def pass_kernel(  # type: ignore[no-untyped-def]
     cell: tl.constexpr,
     place: tl.constexpr,
     mix: tl.constexpr,
+    mix_again: tl.constexpr,
     WORDS: tl.constexpr,
     GATHER: tl.constexpr,
     SCATTER: tl.constexpr,
@@ -42,8 +44,10 @@ def pass_kernel(  # type: ignore[no-untyped-def]
     if SCATTER:
         tl.store(cells_ptr + there, data, mask=inside)
     else:
-        mixed = (data ^ ((index.to(tl.int64) + 1) * place)) * mix
-        mixed = mixed ^ ((mixed >> 32) & 0xFFFFFFFF)
+        mixed = data ^ ((index.to(tl.int64) + 1) * place)
+        mixed = (mixed ^ ((mixed >> 30) & 0x3FFFFFFFF)) * mix
+        mixed = (mixed ^ ((mixed >> 27) & 0x1FFFFFFFFF)) * mix_again
+        mixed = mixed ^ ((mixed >> 31) & 0x1FFFFFFFF)
         tl.atomic_add(state_ptr, tl.sum(tl.where(inside, mixed, 0), axis=0))
         done = tl.atomic_add(state_ptr + 1, 1)
         if done == tl.num_programs(0) - 1:

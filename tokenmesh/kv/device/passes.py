@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tokenmesh.kv.device.digest import MIX, PLACE, reference, words
+from tokenmesh.kv.device.digest import MIX, MIX_AGAIN, PLACE, reference, words
 
 _WORDS = 4096
 _LONGEST = 1 << 31
@@ -93,7 +93,7 @@ def _launch(
     assert 0 < count < _LONGEST
     tensors = (flat, cells, ids, bases, tally.state, tally.answer)
     _kernel()[(-(-count // _WORDS),)](
-        *tensors, count, per_layer, layer, place=PLACE, mix=MIX, WORDS=_WORDS, **constants
+        *tensors, count, per_layer, layer, place=PLACE, mix=MIX, mix_again=MIX_AGAIN, WORDS=_WORDS, **constants
     )
 
 
