@@ -9,7 +9,6 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import grpc
@@ -22,8 +21,6 @@ from tokenmesh.v1 import inference_pb2, inference_pb2_grpc, sampling_pb2
 
 PATIENCE_S = 1.0
 """Nothing may be held any more this long after the client has gone."""
-STANDSTILL_S = 2.0
-"""At most this much of it is the machine's."""
 STEP_TOKENS = 256
 """As `tests.conftest.mesh_config` has it."""
 
@@ -56,10 +53,8 @@ async def goes_away(mesh: RunningMesh, patience_s: float = PATIENCE_S) -> AsyncI
         trace.append((round(time.monotonic() - gone.left, 3), held))
         await asyncio.sleep(0.01)
     seconds, held = trace[-1]
-    # A machine that two cores are shared on stands still at times, and one look then takes as long.
-    stood_still = min(STANDSTILL_S, max(after - before for (before, _), (after, _) in pairwise([(0.0, {}), *trace])))
-    print(f"idle {seconds} s after the client had gone, of which one look took up to {stood_still:.2f}")
-    assert seconds - stood_still <= patience_s, trace
+    print(f"idle {seconds} s after the client had gone")
+    assert seconds <= patience_s, trace
     assert not held, trace
     assert await asyncio.to_thread(_aborted, mesh) > aborted
 
