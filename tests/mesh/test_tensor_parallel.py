@@ -43,9 +43,14 @@ def test_tokens_are_those_of_a_plain_engine(
     prefill: int, decode: int, codec: str, tmp_path: Path, truth: Truth
 ) -> None:
     # SmolLM2 has 3 KV heads. `auto` takes no codec or a lossless one, as this machine's links are.
-    some = [ids for ids in prompts()[:48] if len(ids) > 256][:4]
-    # Three shards that share a core are slow.
-    here = [ids for ids in prompts() if len(ids) <= 600][6::4] if decode == 1 else some[:1]
+    every = prompts()[:48]
+    if decode == 1:
+        some = [ids for ids in every if 128 <= len(ids) < 512][:8]
+        here = [ids for ids in prompts() if len(ids) <= 600][6::4]
+    else:
+        # Three shards that share a core are slow.
+        some = [ids for ids in every if len(ids) > 256][:4]
+        here = some[:1]
     with run_mesh(mesh_of(prefill, decode, codec), tmp_path) as mesh:
         # (1) Every prompt is prefilled remotely, and all of its KV has come.
         remote = asyncio.run(through_mesh(mesh, some, concurrent=3))
