@@ -131,10 +131,14 @@ def blocks_by_rank(running: EngineGroup) -> list[int]:
     return [int(own or 0), *(rank.blocks for rank in running.group.ranks)]
 
 
+def sequences_of(blocks: int, context: int) -> int:
+    """How many sequences of a load a rank can hold."""
+    return (blocks - 1) // -(-(context + TOKENS + 2) // BLOCK)
+
+
 def fits(blocks: Sequence[int], batch: int, context: int) -> bool:
     """Whether the sequences of a load can all decode at once, spread over those ranks that can hold one."""
-    each = -(-(context + TOKENS + 2) // BLOCK)
-    return sum((rank - 1) // each for rank in blocks) >= batch
+    return sum(sequences_of(rank, context) for rank in blocks) >= batch
 
 
 async def load_steps(running: EngineGroup, batch: int, context: int) -> list[float]:

@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from benchmarks.gpu import (
     blocks_by_rank,
     driver,
     load_steps,
+    sequences_of,
     write_model,
 )
 from benchmarks.gpu import SHAPES as LLAMA
@@ -74,15 +76,42 @@ class Measured:
 
     shape: str
     side: str
-    kv_tokens: int
-    """Tokens whose KV it holds."""
+    blocks: list[int]
+    """KV blocks of every rank, the root first."""
     steps: dict[str, list[float]]
     """By ``batch x context``: per repetition, the median step in seconds; empty: the KV does not fit."""
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens whose KV it holds."""
+        return sum(self.blocks) * BLOCK
 
     def step(self, batch: int, context: int) -> float | None:
         """Median over repetitions; None if the load did not fit."""
         found = self.steps.get(f"{batch}x{context}")
         return median(found) if found else None
+
+    def attention(self, batch: int, context: int) -> float | None:
+        """What attention to more than `SHORT` tokens takes in a step, from the nearest load that fits.
+
+        It takes time in proportion to its tokens. None if only short loads fit.
+        """
+        loads = [(int(batch), int(context)) for batch, context in (key.split("x") for key in self.steps)]
+        nearest = sorted(loads, key=lambda load: abs(load[0] * load[1] - batch * context))
+        for sequences, tokens in nearest:
+            whole, short = self.step(sequences, tokens), self.step(sequences, SHORT)
+            if tokens != SHORT and whole and short:
+                return (whole - short) * batch * (context - SHORT) / (sequences * (tokens - SHORT))
+        return None
+
+    def fullest(self, batch: int, context: int) -> int:
+        """Sequences of the rank that has the most of them: spread evenly, as far as every rank holds its part."""
+        rooms = sorted(sequences_of(blocks, context) for blocks in self.blocks)
+        left, parts = batch, []
+        for place, room in enumerate(rooms):
+            parts.append(min(room, -(-left // (len(rooms) - place))))
+            left -= parts[-1]
+        return max(parts)
 
 
 def config(shape: str, side: str, model: Path, gpus: int) -> MeshConfig:
@@ -122,7 +151,7 @@ async def measure(shape: str, side: str, gpus: int) -> Measured:
     """All loads on one engine."""
     loads = list(LOADS[shape])
     if side == "one":
-        loads += [(batch // gpus, context) for batch, context in loads if context != SHORT]
+        loads += [(batch // gpus, context) for batch, context in loads]
     steps = {}
     with tempfile.TemporaryDirectory(prefix="tokenmesh-bench-") as name:
         folder = Path(name)
@@ -137,7 +166,7 @@ async def measure(shape: str, side: str, gpus: int) -> Measured:
         finally:
             for log in (folder / "group").glob("*.log"):
                 print(f"--- {log.name}\n{log.read_text(errors='replace')[-4000:]}", flush=True)
-    return Measured(shape, side, sum(blocks) * BLOCK, steps)
+    return Measured(shape, side, blocks, steps)
 
 
 def side_of(shape: str, side: str, gpus: int) -> Side:
@@ -165,24 +194,20 @@ def compare(shape: str, gpus: int, measured: Sequence[Measured]) -> list[dict[st
     for batch, context in LOADS[shape]:
         if context == SHORT:
             continue
-        halves = [one.step(batch // gpus, context) for one in ones]
-        whole, short, token_short = (
-            one.step(batch, tokens) for one, tokens in ((ones[0], context), (ones[0], SHORT), (token, SHORT))
-        )
-        # Attention takes time in proportion to its context, so one that fits tells of one that does not.
-        longest = max((c for b, c in LOADS[shape] if b == batch and ones[0].step(b, c)), default=SHORT)
-        fitting = ones[0].step(batch, longest)
+        parts = [one.step(batch // gpus, context) for one in ones]
         row: dict[str, Any] = {"shape": shape, "batch": batch, "context": context, "gpus": gpus}
         row["step_s"] = {
             "token_parallel": token.step(batch, context),
             "tensor_parallel": tensor.step(batch, context),
-            "replicas": max(half for half in halves if half) if all(halves) else None,
-            "one": whole,
+            "replicas": max(part for part in parts if part) if all(parts) else None,
+            "one": ones[0].step(batch, context),
         }
         row["tok_s"] = {side: batch / step for side, step in row["step_s"].items() if step}
-        if fitting and short and token_short and longest != SHORT:
-            attention = (fitting - short) * (context - SHORT) / (longest - SHORT)
-            row["predicted_step_s"] = token_short + attention / gpus
+        row["fullest"] = token.fullest(batch, context)
+        attention = ones[0].attention(row["fullest"], context)
+        short, token_short = ones[0].step(batch, SHORT), token.step(batch, SHORT)
+        if attention and short and token_short:
+            row["predicted_step_s"] = token_short + attention
             row["exchange_us_per_layer"] = (token_short - short) / layers * 1e6
         rows.append(row)
     return rows
@@ -214,20 +239,28 @@ def figures(rows: Sequence[dict[str, Any]], measured: Sequence[Measured]) -> dic
 def bench(shapes: Sequence[str], gpus: int, out: Path) -> int:
     """Runs everything and writes JSON per shape. Returns the exit status."""
     for shape in shapes:
+        begun = time.monotonic()
         sides = [side_of(shape, side, gpus) for side in SIDES]
         measured = [one for _, given in in_turn(sides, out) for one in seen(given)]
         rows = compare(shape, gpus, measured)
         notes = [
             f"{gpus} GPUs; NVLink multicast off: NCCL_NVLS_ENABLE={os.environ.get('NCCL_NVLS_ENABLE', 'unset')}",
             "replicas: one engine per GPU, all at once, each with its part of the sequences; the slowest counts",
-            "predicted: the group's step at short contexts, and one GPU's attention over all, divided by the GPUs",
+            "predicted: the group's step at short contexts, and one GPU's attention to the fullest rank's sequences",
             "exchange_us_per_layer: what a step of short contexts takes longer than on one GPU, per layer",
             "ratios: tok/s of token parallelism over the other's, for the longest load that both hold",
             f"medians of {REPEATS} repetitions; sides ran one after the other; weights are random, KV is not computed",
+            f"{time.monotonic() - begun:.0f} s in all",
         ]
         found = figures(rows, measured)
         unmeasured = sorted(set(FIGURES["multigpu"]) - set(found))
-        report = Report("multigpu", found, [*rows, *(asdict(one) for one in measured)], notes, unmeasured)
+        report = Report(
+            "multigpu",
+            found,
+            [*rows, *({**asdict(one), "kv_tokens": one.kv_tokens} for one in measured)],
+            notes,
+            unmeasured,
+        )
         report.machine["driver"] = driver()
         print(f"{report.write(out / shape)}: {report.figures}")
     return 0
