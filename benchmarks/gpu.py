@@ -56,8 +56,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 """Llama-3.2-1B and Llama-3.1-8B."""
 LOADS = ((16, 4096), (64, 4096), (64, 16384))
 """Sequences, and tokens of context of each."""
-PUSH = "push"
-"""Beside the sides: how KV moves."""
+PUSH, PUSH_SHAPE = "push", "8b"
+"""Beside the sides: how KV moves, that of prompts of this shape."""
 SIDES: dict[str, dict[str, Any]] = {
     "plain": {"token_parallel_size": 1},
     # The root's share comes to one block, in which no sequence fits.
@@ -222,7 +222,7 @@ def driver() -> str:
 def bench(shapes: Sequence[str], out: Path) -> int:
     """Runs everything and writes JSON. Returns the exit status."""
     begun = time.monotonic()
-    turns = [*product(shapes, SIDES), (shapes[-1], PUSH)]
+    turns = [*product(shapes, SIDES), (PUSH_SHAPE, PUSH)]
     sides = [Side(f"gpu {shape} {side}", ["benchmarks.gpu", "--child", shape, side]) for shape, side in turns]
     *steps, [pushed] = [given for _, given in in_turn(sides, out)]
     runs = [run for [given] in steps for run in seen(given)]
@@ -234,7 +234,7 @@ def bench(shapes: Sequence[str], out: Path) -> int:
         f"sides ran one after the other, each in a process of its own; medians of {REPEATS} repetitions",
         "weights are random, KV is not computed but counts as fetched",
         f"{time.monotonic() - begun:.0f} s in all",
-        f"push: see benchmarks/gpu_push.py; prompts of the {shapes[-1]} shape, one at a time",
+        f"push: see benchmarks/gpu_push.py; prompts of the {PUSH_SHAPE} shape, one at a time",
         f"left out, since the KV of all sequences does not fit beside the weights: {', '.join(left_out) or 'nothing'}",
     ]
     report = Report(
@@ -251,7 +251,7 @@ def bench(shapes: Sequence[str], out: Path) -> int:
 def main() -> int:
     """Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.partition("\n")[0])
-    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--shapes", nargs="+", default=["1b"], choices=list(SHAPES))
     parser.add_argument("--out", type=Path, default=Path("build/bench"), help="folder of gpu.json")
     parser.add_argument("--child", nargs=2, metavar=("SHAPE", "SIDE"), help="one engine only; --out is its file")
     options = parser.parse_args()

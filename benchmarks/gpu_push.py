@@ -30,7 +30,7 @@ LARGEST = "4 x 256 MB"
 CHUNK = KvTransferConfig().chunk(device=True)
 """Largest messages, as configured by default."""
 LAYOUTS = (
-    *(Layout(f"{n} MB", 1, MIB, range(n), range(n)) for n in (64, 256)),
+    Layout("256 MB", 1, MIB, range(256), range(256)),
     # What 65,536 tokens of Llama-3.1-8B take in each of four layers.
     Layout(LARGEST, 4, MIB, range(256), range(256)),
     # 8,192 tokens of it in all layers, in blocks of 16 and in the order in which a cache in use hands them out.

@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import subprocess
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -117,7 +118,7 @@ def median(values: Sequence[float]) -> float:
 
 
 def machine() -> dict[str, Any]:
-    """This machine: CPU model, cores that this process may use, memory in bytes, GPU or None, versions."""
+    """This machine: CPU model, cores that this process may use, memory in bytes, GPUs or None, versions."""
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
@@ -140,7 +141,10 @@ def _gpu() -> str | None:
         import torch
     except ImportError:
         return None
-    return str(torch.cuda.get_device_name(0)) if torch.cuda.is_available() else None
+    if not torch.cuda.is_available():
+        return None
+    names = Counter(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+    return ", ".join(name if count == 1 else f"{count} x {name}" for name, count in names.items())
 
 
 def _version(name: str) -> str | None:

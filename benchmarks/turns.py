@@ -22,6 +22,8 @@ from benchmarks.harness import ROOT
 
 TURN_S = 300.0
 END_S = 30.0
+LEFT_MIB = 256
+"""GPU memory by which the one before may differ from the first."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,30 @@ def wait_for_turn() -> None:
     """For a side's process: loads what takes long and no GPU, and returns when it is told to go on."""
     importlib.import_module("vllm.v1.engine.async_llm")
     sys.stdin.readline()
+
+
+def memory_used() -> list[int]:
+    """MiB in use on every GPU that this process may use."""
+    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        command.append(f"--id={visible}")
+    answer = subprocess.run(command, check=True, capture_output=True, text=True, timeout=30)
+    return [int(line) for line in answer.stdout.split()]
+
+
+def wait_for_memory(before: Sequence[int]) -> None:
+    """Until GPUs have as much memory free as before: an engine's processes outlive the one that started them a little.
+
+    vLLM does not start where memory becomes free meanwhile. Raises TimeoutError.
+    """
+    deadline = time.monotonic() + END_S
+    while True:
+        used = memory_used()
+        if all(now <= then + LEFT_MIB for now, then in zip(used, before, strict=True)):
+            return
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{used} MiB of GPU memory are in use, {before} at first")
+        time.sleep(0.2)
 
 
 class _Turn:
@@ -76,6 +102,7 @@ class _Turn:
 
 def in_turn(sides: Sequence[Side], out: Path) -> Iterator[tuple[Side, list[Any]]]:
     """Every side with what its processes wrote, in order. Raises RuntimeError if one failed."""
+    before = memory_used()
     ahead = _Turn(sides[0], out)
     try:
         for following in [*sides[1:], None]:
@@ -86,6 +113,7 @@ def in_turn(sides: Sequence[Side], out: Path) -> Iterator[tuple[Side, list[Any]]
                 result = turn.take()
             finally:
                 turn.end()
+            wait_for_memory(before)
             yield turn.side, result
     finally:
         ahead.end()
