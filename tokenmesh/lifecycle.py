@@ -85,6 +85,9 @@ class RequestTable:
         self._owners: Counter[str] = Counter()
         self.outcomes: Counter[str] = Counter()
         self.draining = False
+        """For good: what is here ends, and nothing else comes."""
+        self.paused = False
+        """Refuses new requests for a moment."""
 
     def __len__(self) -> int:
         return len(self._live)
@@ -101,6 +104,11 @@ class RequestTable:
         """Prompt tokens of requests that have not reached a state."""
         return sum(request.prompt_tokens for request in self._live.values() if request.state < state)
 
+    def check_open(self) -> None:
+        """Raises MeshError UNAVAILABLE (DRAINING) once it drains."""
+        if self.draining:
+            raise unavailable(Reason.DRAINING, "the service is shutting down")
+
     @contextmanager
     def admit(self, request: LiveRequest) -> Iterator[LiveRequest]:
         """Keeps a request for the length of the block; whatever ends the block ends the request.
@@ -108,8 +116,9 @@ class RequestTable:
         Raises MeshError: UNAVAILABLE (DRAINING), ALREADY_EXISTS (DUPLICATE_REQUEST), RESOURCE_EXHAUSTED (QUEUE_FULL,
         NO_CREDIT).
         """
-        if self.draining:
-            raise unavailable(Reason.DRAINING, "the service is shutting down")
+        self.check_open()
+        if self.paused:
+            raise unavailable(Reason.DRAINING, "the prefix cache is being emptied")
         if request.request_id in self._live:
             raise MeshError(
                 grpc.StatusCode.ALREADY_EXISTS,

@@ -1,7 +1,7 @@
 """Which decode root serves a request, and which prefill services it may use.
 
 Least load first; among services that are about equally loaded, the one that has seen the prompt's prefix, since its
-cache may hold it. A service is usable while it answers load polls.
+cache may hold it. A service is usable while it answers load polls, which one that drains refuses.
 """
 
 from __future__ import annotations

@@ -126,6 +126,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         self, request: prefill_pb2.GetPrefillLoadRequest, context: Context[Any, Any]
     ) -> prefill_pb2.GetPrefillLoadResponse:
         """See prefill.proto."""
+        self.requests.check_open()
         counts = self.engine.counts
         running = self.requests.count(RequestState.RUNNING)
         return prefill_pb2.GetPrefillLoadResponse(

@@ -29,7 +29,7 @@ from tokenmesh.cli import child, main, status
 from tokenmesh.cli.demo import LONG_PROMPT_TOKENS, long_text, quick_dtype
 from tokenmesh.cli.mesh import Mesh, MeshStartError, serve_command
 from tokenmesh.cli.serve import ServiceRole
-from tokenmesh.cli.status import ServiceState
+from tokenmesh.cli.status import Endpoint, ServiceState
 from tokenmesh.config import GatewayConfig, MeshConfig, load_config
 from tokenmesh.lifecycle import LiveRequest
 
@@ -171,6 +171,9 @@ async def test_health_and_drain(config: MeshConfig) -> None:
         # 4. It is done.
         assert await run("drain", address) == (0, f"{address}: drained\n", "")
         assert requests.draining
+        found = await status.collect([Endpoint(ServiceRole.PREFILL, 0, address)], config.gateway)
+        assert found[0].state is ServiceState.DRAINING
+        assert "draining  running" in status.to_line(found[0])
     # 5. Nobody there any more.
     assert (await run("drain", address))[0] == 1
 

@@ -132,9 +132,21 @@ def test_draining_refuses_the_new_and_keeps_the_old() -> None:
         table.draining = True
         error = refused(table.admit(LiveRequest("new")))
         assert (error.code, error.reason) == (grpc.StatusCode.UNAVAILABLE, Reason.DRAINING)
+        with pytest.raises(MeshError, match="shutting down"):
+            table.check_open()
         # 2. The old one goes on and ends as it would have; the refused one never lived, so it has no outcome.
         old.enter(S.RUNNING)
     assert table.outcomes == {"finished": 1}
+    assert_idle(table)
+
+
+def test_a_pause_refuses_for_a_moment_and_does_not_close() -> None:
+    table = RequestTable(10)
+    table.paused = True
+    assert refused(table.admit(LiveRequest("early"))).reason is Reason.DRAINING
+    table.check_open()
+    table.paused = False
+    live(table)
     assert_idle(table)
 
 

@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
-from benchmarks.turns import Side, in_turn
+from benchmarks import turns
+from benchmarks.turns import LEFT_MIB, Side, in_turn, memory_used, wait_for_memory
 
 MODULE = "tests.unit.turn_side"
 
 
+@pytest.fixture
+def use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Sets what two GPUs are said to have in use, MiB."""
+    said = tmp_path / "said"
+    script = tmp_path / "nvidia-smi"
+    script.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\ncat {said}\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+
+    def use(*mib: int) -> None:
+        said.write_text("".join(f"{one}\n" for one in mib))
+
+    use(4, 5)
+    return use
+
+
+@pytest.mark.usefixtures("use")
 def test_each_side_waits_for_its_turn_and_none_is_left(tmp_path: Path) -> None:
     sides = [
         Side("first", [MODULE, "0"]),
@@ -31,3 +52,27 @@ def test_each_side_waits_for_its_turn_and_none_is_left(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"broken failed: see .*broken-0\.log"):
         next(results)
     assert not [child for child in psutil.Process().children() if MODULE in child.cmdline()]
+
+
+def test_memory_is_that_of_visible_gpus(
+    use: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert memory_used() == [4, 5]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    memory_used()
+    assert "--id=2,3" in (tmp_path / "asked").read_text().split()
+
+
+def test_the_next_side_waits_for_memory(use: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    # (1) As soon as it is free, up to what differs from moment to moment.
+    use(4, 70_000)
+    timer = threading.Timer(0.5, use, (4 + LEFT_MIB, 5))
+    timer.start()
+    begun = time.monotonic()
+    wait_for_memory([4, 5])
+    assert time.monotonic() - begun >= 0.5
+    # (2) Not for ever.
+    monkeypatch.setattr(turns, "END_S", 0.3)
+    use(4, 70_000)
+    with pytest.raises(TimeoutError, match="70000"):
+        wait_for_memory([4, 5])

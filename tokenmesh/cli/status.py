@@ -38,11 +38,13 @@ class ServiceState(enum.StrEnum):
     STARTING = "starting"
     """It runs and takes no work yet."""
     READY = "ready"
+    DRAINING = "draining"
+    """It finishes what it has and takes nothing new."""
     UNREACHABLE = "unreachable"
     EXITED = "exited"
 
 
-_STYLES = {ServiceState.STARTING: "yellow", ServiceState.READY: "green"}
+_STYLES = {ServiceState.STARTING: "yellow", ServiceState.DRAINING: "yellow", ServiceState.READY: "green"}
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,7 @@ async def _ask(endpoint: Endpoint, metadata: list[tuple[str, str]], timeout: flo
         name=endpoint.name,
         role=endpoint.role,
         address=endpoint.address,
-        state=ServiceState.READY if reply.ready else ServiceState.STARTING,
+        state=_state(reply),
         missing_peers=tuple(peer.address for peer in reply.peers if not peer.ready),
         running=reply.running,
         waiting=reply.waiting,
@@ -186,6 +188,12 @@ async def _ask(endpoint: Endpoint, metadata: list[tuple[str, str]], timeout: flo
         counters=dict(reply.counters),
         ranks=ranks_of(reply.ranks),
     )
+
+
+def _state(reply: admin_pb2.GetStatusResponse) -> ServiceState:
+    if reply.ready:
+        return ServiceState.READY
+    return ServiceState.DRAINING if reply.draining else ServiceState.STARTING
 
 
 def one_line(text: str) -> str:
@@ -208,7 +216,7 @@ def to_table(statuses: Iterable[ServiceStatus]) -> Group:
     for name in ("KV moved", "GB/s"):
         table.add_column(name, justify="right", no_wrap=True)
     for s in statuses:
-        told = s.state in (ServiceState.READY, ServiceState.STARTING)
+        told = s.state in (ServiceState.READY, ServiceState.DRAINING, ServiceState.STARTING)
         # Reasons are left to lines and JSON, which have room for them.
         state = Text(dataclasses.replace(s, error="").described_state, style=_STYLES.get(s.state, "red"))
         pid = ["-" if s.pid is None else str(s.pid)] if with_pid else []
@@ -231,7 +239,7 @@ def _figures(s: ServiceStatus) -> list[str]:
 def to_line(s: ServiceStatus) -> str:
     """For pipes and logs: the same, one service per line."""
     parts = [s.name, s.address, *([] if s.pid is None else [f"pid {s.pid}"]), s.described_state]
-    if s.state is ServiceState.READY:
+    if s.state in (ServiceState.READY, ServiceState.DRAINING):
         names = ("running", "waiting", "blocks", "transport", "moved", "GB/s")
         parts += [f"{name} {value}" for name, value in zip(names, _figures(s), strict=True)]
     return "  ".join(parts)

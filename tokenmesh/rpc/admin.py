@@ -53,7 +53,8 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     def status(self) -> admin_pb2.GetStatusResponse:
         """What GetStatus answers; not ready from the moment of a drain."""
         status = self._describe()
-        status.ready = status.ready and not self._requests.draining
+        status.draining = status.draining or self._requests.draining
+        status.ready = status.ready and not status.draining
         status.version = __version__
         status.uptime_seconds = time.monotonic() - self._started
         for name, count in self._requests.outcomes.items():
@@ -86,8 +87,8 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         """Resets while no request is let in: one that came meanwhile would find its blocks overwritten."""
         if self._reset is None:
             return True
-        before, self._requests.draining = self._requests.draining, True
+        self._requests.paused = True
         try:
             return await self._reset()
         finally:
-            self._requests.draining = before
+            self._requests.paused = False

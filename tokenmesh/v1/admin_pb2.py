@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18tokenmesh/v1/admin.proto\x12\x0ctokenmesh.v1\"\x12\n\x10GetStatusRequest\"\xb0\x04\n\x11GetStatusResponse\x12 \n\x04role\x18\x01 \x01(\x0e\x32\x12.tokenmesh.v1.Role\x12\x13\n\x0binstance_id\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x16\n\x0euptime_seconds\x18\x04 \x01(\x01\x12\r\n\x05ready\x18\x05 \x01(\x08\x12\x0f\n\x07running\x18\x06 \x01(\r\x12\x0f\n\x07waiting\x18\x07 \x01(\r\x12\x14\n\x0c\x62locks_total\x18\x08 \x01(\r\x12\x13\n\x0b\x62locks_free\x18\t \x01(\r\x12\x14\n\x0ckv_transport\x18\n \x01(\t\x12\x10\n\x08kv_bytes\x18\x0b \x01(\x04\x12\x14\n\x0ckv_transfers\x18\x0c \x01(\x04\x12\x0f\n\x07kv_open\x18\r \x01(\r\x12?\n\x08\x63ounters\x18\x0e \x03(\x0b\x32-.tokenmesh.v1.GetStatusResponse.CountersEntry\x12!\n\x05peers\x18\x0f \x03(\x0b\x32\x12.tokenmesh.v1.Peer\x12\x12\n\nkv_seconds\x18\x10 \x01(\x01\x12\'\n\x05ranks\x18\x11 \x03(\x0b\x32\x18.tokenmesh.v1.RankStatus\x12(\n\x05group\x18\x12 \x01(\x0b\x32\x19.tokenmesh.v1.GroupStatus\x12\x14\n\x0cmetrics_port\x18\x13 \x01(\r\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\xd2\x01\n\nRankStatus\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x10\n\x08\x61ttached\x18\x03 \x01(\x08\x12\x14\n\x0c\x62locks_total\x18\x04 \x01(\r\x12\x13\n\x0b\x62locks_free\x18\x05 \x01(\r\x12\x16\n\x0e\x63ontext_tokens\x18\x06 \x01(\x04\x12\x11\n\tsequences\x18\x07 \x01(\r\x12\x12\n\nstep_share\x18\x08 \x01(\x01\x12\x1a\n\x12\x65xchange_transport\x18\t \x01(\t\x12\r\n\x05\x65rror\x18\n \x01(\t\"\xac\x01\n\x0bGroupStatus\x12\r\n\x05steps\x18\x01 \x01(\x04\x12\x0f\n\x07speedup\x18\x02 \x01(\x01\x12\x12\n\nefficiency\x18\x03 \x01(\x01\x12\x11\n\timbalance\x18\x04 \x01(\x01\x12\x17\n\x0f\x65xchange_us_p50\x18\x05 \x01(\x01\x12\x17\n\x0f\x65xchange_us_p99\x18\x06 \x01(\x01\x12\x10\n\x08\x64\x65tached\x18\x07 \x01(\x04\x12\x12\n\nrecomputed\x18\x08 \x01(\x04\"H\n\x04Peer\x12 \n\x04role\x18\x01 \x01(\x0e\x32\x12.tokenmesh.v1.Role\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05ready\x18\x03 \x01(\x08\"\x0e\n\x0c\x44rainRequest\"\"\n\rDrainResponse\x12\x11\n\tremaining\x18\x01 \x01(\r\"\x19\n\x17ResetPrefixCacheRequest\"\x1a\n\x18ResetPrefixCacheResponse*n\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x10\n\x0cROLE_GATEWAY\x10\x01\x12\x10\n\x0cROLE_PREFILL\x10\x02\x12\x14\n\x10ROLE_DECODE_ROOT\x10\x03\x12\x16\n\x12ROLE_DECODE_WORKER\x10\x04\x32\x81\x02\n\x0c\x41\x64minService\x12L\n\tGetStatus\x12\x1e.tokenmesh.v1.GetStatusRequest\x1a\x1f.tokenmesh.v1.GetStatusResponse\x12@\n\x05\x44rain\x12\x1a.tokenmesh.v1.DrainRequest\x1a\x1b.tokenmesh.v1.DrainResponse\x12\x61\n\x10ResetPrefixCache\x12%.tokenmesh.v1.ResetPrefixCacheRequest\x1a&.tokenmesh.v1.ResetPrefixCacheResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18tokenmesh/v1/admin.proto\x12\x0ctokenmesh.v1\"\x12\n\x10GetStatusRequest\"\xc2\x04\n\x11GetStatusResponse\x12 \n\x04role\x18\x01 \x01(\x0e\x32\x12.tokenmesh.v1.Role\x12\x13\n\x0binstance_id\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x16\n\x0euptime_seconds\x18\x04 \x01(\x01\x12\r\n\x05ready\x18\x05 \x01(\x08\x12\x0f\n\x07running\x18\x06 \x01(\r\x12\x0f\n\x07waiting\x18\x07 \x01(\r\x12\x14\n\x0c\x62locks_total\x18\x08 \x01(\r\x12\x13\n\x0b\x62locks_free\x18\t \x01(\r\x12\x14\n\x0ckv_transport\x18\n \x01(\t\x12\x10\n\x08kv_bytes\x18\x0b \x01(\x04\x12\x14\n\x0ckv_transfers\x18\x0c \x01(\x04\x12\x0f\n\x07kv_open\x18\r \x01(\r\x12?\n\x08\x63ounters\x18\x0e \x03(\x0b\x32-.tokenmesh.v1.GetStatusResponse.CountersEntry\x12!\n\x05peers\x18\x0f \x03(\x0b\x32\x12.tokenmesh.v1.Peer\x12\x12\n\nkv_seconds\x18\x10 \x01(\x01\x12\'\n\x05ranks\x18\x11 \x03(\x0b\x32\x18.tokenmesh.v1.RankStatus\x12(\n\x05group\x18\x12 \x01(\x0b\x32\x19.tokenmesh.v1.GroupStatus\x12\x14\n\x0cmetrics_port\x18\x13 \x01(\r\x12\x10\n\x08\x64raining\x18\x14 \x01(\x08\x1a/\n\rCountersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\xd2\x01\n\nRankStatus\x12\x0c\n\x04rank\x18\x01 \x01(\r\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x10\n\x08\x61ttached\x18\x03 \x01(\x08\x12\x14\n\x0c\x62locks_total\x18\x04 \x01(\r\x12\x13\n\x0b\x62locks_free\x18\x05 \x01(\r\x12\x16\n\x0e\x63ontext_tokens\x18\x06 \x01(\x04\x12\x11\n\tsequences\x18\x07 \x01(\r\x12\x12\n\nstep_share\x18\x08 \x01(\x01\x12\x1a\n\x12\x65xchange_transport\x18\t \x01(\t\x12\r\n\x05\x65rror\x18\n \x01(\t\"\xac\x01\n\x0bGroupStatus\x12\r\n\x05steps\x18\x01 \x01(\x04\x12\x0f\n\x07speedup\x18\x02 \x01(\x01\x12\x12\n\nefficiency\x18\x03 \x01(\x01\x12\x11\n\timbalance\x18\x04 \x01(\x01\x12\x17\n\x0f\x65xchange_us_p50\x18\x05 \x01(\x01\x12\x17\n\x0f\x65xchange_us_p99\x18\x06 \x01(\x01\x12\x10\n\x08\x64\x65tached\x18\x07 \x01(\x04\x12\x12\n\nrecomputed\x18\x08 \x01(\x04\"H\n\x04Peer\x12 \n\x04role\x18\x01 \x01(\x0e\x32\x12.tokenmesh.v1.Role\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05ready\x18\x03 \x01(\x08\"\x0e\n\x0c\x44rainRequest\"\"\n\rDrainResponse\x12\x11\n\tremaining\x18\x01 \x01(\r\"\x19\n\x17ResetPrefixCacheRequest\"\x1a\n\x18ResetPrefixCacheResponse*n\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x10\n\x0cROLE_GATEWAY\x10\x01\x12\x10\n\x0cROLE_PREFILL\x10\x02\x12\x14\n\x10ROLE_DECODE_ROOT\x10\x03\x12\x16\n\x12ROLE_DECODE_WORKER\x10\x04\x32\x81\x02\n\x0c\x41\x64minService\x12L\n\tGetStatus\x12\x1e.tokenmesh.v1.GetStatusRequest\x1a\x1f.tokenmesh.v1.GetStatusResponse\x12@\n\x05\x44rain\x12\x1a.tokenmesh.v1.DrainRequest\x1a\x1b.tokenmesh.v1.DrainResponse\x12\x61\n\x10ResetPrefixCache\x12%.tokenmesh.v1.ResetPrefixCacheRequest\x1a&.tokenmesh.v1.ResetPrefixCacheResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,28 +33,28 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GETSTATUSRESPONSE_COUNTERSENTRY']._loaded_options = None
   _globals['_GETSTATUSRESPONSE_COUNTERSENTRY']._serialized_options = b'8\001'
-  _globals['_ROLE']._serialized_start=1194
-  _globals['_ROLE']._serialized_end=1304
+  _globals['_ROLE']._serialized_start=1212
+  _globals['_ROLE']._serialized_end=1322
   _globals['_GETSTATUSREQUEST']._serialized_start=42
   _globals['_GETSTATUSREQUEST']._serialized_end=60
   _globals['_GETSTATUSRESPONSE']._serialized_start=63
-  _globals['_GETSTATUSRESPONSE']._serialized_end=623
-  _globals['_GETSTATUSRESPONSE_COUNTERSENTRY']._serialized_start=576
-  _globals['_GETSTATUSRESPONSE_COUNTERSENTRY']._serialized_end=623
-  _globals['_RANKSTATUS']._serialized_start=626
-  _globals['_RANKSTATUS']._serialized_end=836
-  _globals['_GROUPSTATUS']._serialized_start=839
-  _globals['_GROUPSTATUS']._serialized_end=1011
-  _globals['_PEER']._serialized_start=1013
-  _globals['_PEER']._serialized_end=1085
-  _globals['_DRAINREQUEST']._serialized_start=1087
-  _globals['_DRAINREQUEST']._serialized_end=1101
-  _globals['_DRAINRESPONSE']._serialized_start=1103
-  _globals['_DRAINRESPONSE']._serialized_end=1137
-  _globals['_RESETPREFIXCACHEREQUEST']._serialized_start=1139
-  _globals['_RESETPREFIXCACHEREQUEST']._serialized_end=1164
-  _globals['_RESETPREFIXCACHERESPONSE']._serialized_start=1166
-  _globals['_RESETPREFIXCACHERESPONSE']._serialized_end=1192
-  _globals['_ADMINSERVICE']._serialized_start=1307
-  _globals['_ADMINSERVICE']._serialized_end=1564
+  _globals['_GETSTATUSRESPONSE']._serialized_end=641
+  _globals['_GETSTATUSRESPONSE_COUNTERSENTRY']._serialized_start=594
+  _globals['_GETSTATUSRESPONSE_COUNTERSENTRY']._serialized_end=641
+  _globals['_RANKSTATUS']._serialized_start=644
+  _globals['_RANKSTATUS']._serialized_end=854
+  _globals['_GROUPSTATUS']._serialized_start=857
+  _globals['_GROUPSTATUS']._serialized_end=1029
+  _globals['_PEER']._serialized_start=1031
+  _globals['_PEER']._serialized_end=1103
+  _globals['_DRAINREQUEST']._serialized_start=1105
+  _globals['_DRAINREQUEST']._serialized_end=1119
+  _globals['_DRAINRESPONSE']._serialized_start=1121
+  _globals['_DRAINRESPONSE']._serialized_end=1155
+  _globals['_RESETPREFIXCACHEREQUEST']._serialized_start=1157
+  _globals['_RESETPREFIXCACHEREQUEST']._serialized_end=1182
+  _globals['_RESETPREFIXCACHERESPONSE']._serialized_start=1184
+  _globals['_RESETPREFIXCACHERESPONSE']._serialized_end=1210
+  _globals['_ADMINSERVICE']._serialized_start=1325
+  _globals['_ADMINSERVICE']._serialized_end=1582
 # @@protoc_insertion_point(module_scope)

@@ -25,7 +25,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("role", "instance_id", "version", "uptime_seconds", "ready", "running", "waiting", "blocks_total", "blocks_free", "kv_transport", "kv_bytes", "kv_transfers", "kv_open", "counters", "peers", "kv_seconds", "ranks", "group", "metrics_port")
+    __slots__ = ("role", "instance_id", "version", "uptime_seconds", "ready", "running", "waiting", "blocks_total", "blocks_free", "kv_transport", "kv_bytes", "kv_transfers", "kv_open", "counters", "peers", "kv_seconds", "ranks", "group", "metrics_port", "draining")
     class CountersEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -52,6 +52,7 @@ class GetStatusResponse(_message.Message):
     RANKS_FIELD_NUMBER: _ClassVar[int]
     GROUP_FIELD_NUMBER: _ClassVar[int]
     METRICS_PORT_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
     role: Role
     instance_id: str
     version: str
@@ -71,7 +72,8 @@ class GetStatusResponse(_message.Message):
     ranks: _containers.RepeatedCompositeFieldContainer[RankStatus]
     group: GroupStatus
     metrics_port: int
-    def __init__(self, role: _Optional[_Union[Role, str]] = ..., instance_id: _Optional[str] = ..., version: _Optional[str] = ..., uptime_seconds: _Optional[float] = ..., ready: _Optional[bool] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., blocks_total: _Optional[int] = ..., blocks_free: _Optional[int] = ..., kv_transport: _Optional[str] = ..., kv_bytes: _Optional[int] = ..., kv_transfers: _Optional[int] = ..., kv_open: _Optional[int] = ..., counters: _Optional[_Mapping[str, int]] = ..., peers: _Optional[_Iterable[_Union[Peer, _Mapping]]] = ..., kv_seconds: _Optional[float] = ..., ranks: _Optional[_Iterable[_Union[RankStatus, _Mapping]]] = ..., group: _Optional[_Union[GroupStatus, _Mapping]] = ..., metrics_port: _Optional[int] = ...) -> None: ...
+    draining: bool
+    def __init__(self, role: _Optional[_Union[Role, str]] = ..., instance_id: _Optional[str] = ..., version: _Optional[str] = ..., uptime_seconds: _Optional[float] = ..., ready: _Optional[bool] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., blocks_total: _Optional[int] = ..., blocks_free: _Optional[int] = ..., kv_transport: _Optional[str] = ..., kv_bytes: _Optional[int] = ..., kv_transfers: _Optional[int] = ..., kv_open: _Optional[int] = ..., counters: _Optional[_Mapping[str, int]] = ..., peers: _Optional[_Iterable[_Union[Peer, _Mapping]]] = ..., kv_seconds: _Optional[float] = ..., ranks: _Optional[_Iterable[_Union[RankStatus, _Mapping]]] = ..., group: _Optional[_Union[GroupStatus, _Mapping]] = ..., metrics_port: _Optional[int] = ..., draining: _Optional[bool] = ...) -> None: ...
 
 class RankStatus(_message.Message):
     __slots__ = ("rank", "address", "attached", "blocks_total", "blocks_free", "context_tokens", "sequences", "step_share", "exchange_transport", "error")

@@ -82,6 +82,7 @@ class DecodeServiceServicer:
 
     def GetLoad(self, request, context):
         """Reports the load that routing needs. No effects; answers within a second.
+        Errors: UNAVAILABLE (DRAINING: nothing is to be sent there, also while the engine starts).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

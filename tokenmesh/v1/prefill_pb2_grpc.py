@@ -85,6 +85,7 @@ class PrefillServiceServicer:
 
     def GetPrefillLoad(self, request, context):
         """Reports queue depth and free blocks. No effects; answers within a second.
+        Errors: UNAVAILABLE (DRAINING: nothing is to be sent there, also while the engine starts).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -196,6 +196,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         self, request: decode_pb2.GetLoadRequest, context: Context[Any, Any]
     ) -> decode_pb2.GetLoadResponse:
         """See decode.proto."""
+        self.requests.check_open()
         engine = self.engine
         running = self.requests.count(RequestState.RUNNING)
         return decode_pb2.GetLoadResponse(
