@@ -21,8 +21,8 @@ async def serve(config_file: Path, port: int) -> None:
     from vllm.entrypoints.launchers.launcher import setup_server
 
     from services.gateway.rest import server_args
-    from tokenmesh.config import load_config
     from tokenmesh.engine.host import engine_args
+    from tokenmesh.mesh_file import load_config
     from tokenmesh.model_store import resolve_model
 
     mesh = load_config(config_file)

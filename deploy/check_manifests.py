@@ -23,7 +23,8 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tokenmesh.config import ConfigError, load_config  # noqa: E402
+from tokenmesh.config import ConfigError  # noqa: E402
+from tokenmesh.mesh_file import load_config  # noqa: E402
 
 KUBERNETES = "1.33"
 COMPOSE = ROOT / "deploy" / "compose.yaml"

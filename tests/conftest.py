@@ -16,7 +16,8 @@ import pytest
 
 from tests.otlp import Receiver, receiving
 from tokenmesh.cli.mesh import Mesh
-from tokenmesh.config import MeshConfig, load_config
+from tokenmesh.config import MeshConfig
+from tokenmesh.mesh_file import load_config
 from tokenmesh.v1 import admin_pb2, admin_pb2_grpc
 
 KV_BYTES = 512 << 20

@@ -26,8 +26,9 @@ import grpc
 from tokenmesh.cli import demo, mesh
 from tokenmesh.cli.mesh import CommandFactory
 from tokenmesh.cli.serve import ServiceRole
-from tokenmesh.config import GatewayConfig, load_config
+from tokenmesh.config import GatewayConfig
 from tokenmesh.lifecycle import RequestTable
+from tokenmesh.mesh_file import load_config
 from tokenmesh.rpc.admin import AdminServicer
 from tokenmesh.rpc.errors import MeshError, Reason, invalid
 from tokenmesh.rpc.server import RpcServer

@@ -30,8 +30,9 @@ from tokenmesh.cli.demo import LONG_PROMPT_TOKENS, long_text, quick_dtype
 from tokenmesh.cli.mesh import Mesh, MeshStartError, serve_command
 from tokenmesh.cli.serve import ServiceRole
 from tokenmesh.cli.status import Endpoint, ServiceState
-from tokenmesh.config import GatewayConfig, MeshConfig, load_config
+from tokenmesh.config import GatewayConfig, MeshConfig
 from tokenmesh.lifecycle import LiveRequest
+from tokenmesh.mesh_file import load_config
 
 pytestmark = pytest.mark.timeout(120)
 

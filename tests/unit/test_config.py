@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from tokenmesh.config import EMBEDDED_MODEL, ConfigError, MeshConfig, load_config
+from tokenmesh.config import EMBEDDED_MODEL, ConfigError, MeshConfig
+from tokenmesh.mesh_file import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted([*(ROOT / "examples").glob("*.yaml"), *(ROOT / "deploy").rglob("mesh.yaml")])

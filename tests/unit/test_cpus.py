@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tokenmesh.config import ConfigError, MeshConfig, load_config
+from tokenmesh.config import ConfigError, MeshConfig
 from tokenmesh.cpus import LEAST_WEIGHT, confine, parse_cpus, stand_back
+from tokenmesh.mesh_file import load_config
 
 
 @pytest.mark.parametrize(

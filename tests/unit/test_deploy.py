@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from services.decode.worker.main import DRAIN_S
-from tokenmesh.config import DecodeWorkerConfig, EngineConfig, MeshConfig, load_config
+from tokenmesh.config import DecodeWorkerConfig, EngineConfig, MeshConfig
+from tokenmesh.mesh_file import load_config
 from tokenmesh.rpc.server import LIVE
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,7 +11,8 @@ import typer
 from tokenmesh import __version__
 from tokenmesh.cli.serve import ServiceRole
 from tokenmesh.cli.serve import serve as run_service
-from tokenmesh.config import ConfigError, MeshConfig, load_config
+from tokenmesh.config import ConfigError, MeshConfig
+from tokenmesh.mesh_file import load_config
 
 # Modules of other commands are imported by those commands: a health probe must not wait for what it does not use.
 

@@ -16,11 +16,12 @@ import psutil
 import structlog
 import uvloop
 
-from tokenmesh.config import ConfigError, DecodeWorkerConfig, EngineConfig, MeshConfig, load_config
+from tokenmesh.config import ConfigError, DecodeWorkerConfig, EngineConfig, MeshConfig
 from tokenmesh.cpus import confine
 from tokenmesh.gpus import show_gpus
 from tokenmesh.lifecycle import Stop
 from tokenmesh.logs import setup_logging
+from tokenmesh.mesh_file import load_config
 from tokenmesh.model_store import ModelNotFoundError
 from tokenmesh.rpc.server import PortInUseError
 from tokenmesh.telemetry.export import recording
