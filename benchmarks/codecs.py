@@ -252,6 +252,7 @@ def main() -> None:
     parser.add_argument("--dtype", action="append", choices=("float32", "bfloat16"), help="of the KV; both if absent")
     parser.add_argument("--out", type=Path, default=Path("build/bench"))
     args = parser.parse_args()
+    started_at = commit()
     runs: list[CodecCost] | list[Accuracy]
     if args.mesh:
         runs = [asyncio.run(accuracy(args.mesh))]
@@ -264,7 +265,7 @@ def main() -> None:
     for row in rows:
         print("| " + " | ".join(_short(value) for value in row.values()) + " |")
     args.out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"name": name, "machine": machine(), "commit": commit(), "runs": rows}, indent=2)
+    text = json.dumps({"name": name, "machine": machine(), "commit": started_at, "runs": rows}, indent=2)
     (args.out / f"{name}.json").write_text(text + "\n")
 
 

@@ -19,7 +19,7 @@ from tokenmesh.kv.wire import Header, Kind
 NBYTES = 64 << 20
 BLOCK_BYTES = 512 << 10
 TINY = Layout("tiny", 256, 4096, [0], [0])
-"""As many messages as layers, and next to nothing in them."""
+"""A message has next to nothing in it."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,8 @@ def _in_process() -> tuple[float, float, float]:
 async def costs(transport: str = "shm") -> Costs:
     """Measures them."""
     rates = await asyncio.to_thread(_in_process)
-    async with mover_pair(TINY, transport) as pair:
+    # As many messages as layers: none is large enough for two of them.
+    async with mover_pair(TINY, transport, chunk_bytes=TINY.block_bytes) as pair:
         await pair.measure(TINY, 2)
         goodput = await pair.measure(TINY, 8)
     return Costs(*rates, TINY.block_bytes / goodput.streamed)

@@ -24,7 +24,7 @@ from typing import Any
 
 from benchmarks.engine_group import EngineGroup, engine_group, random_prompts, step_seconds
 from benchmarks.gpu_push import LARGEST
-from benchmarks.harness import Report, median
+from benchmarks.harness import FIGURES, Report, commit, median
 from benchmarks.turns import Side, in_turn, wait_for_turn
 from tokenmesh.config import MeshConfig
 
@@ -204,13 +204,16 @@ def figures(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def push_figures(pushed: Mapping[str, Any]) -> dict[str, float]:
-    """Of the largest layout in messages as configured by default, against ucx_perftest; and of the longest prompt."""
+    """Of the largest layout in messages as configured by default, against ucx_perftest; and of the longest prompt.
+
+    Without the first if ucx_perftest did not run.
+    """
     best = next(row for row in pushed["goodput"] if row["layout"] == LARGEST)
     longest = max(pushed["exposed"], key=lambda row: int(row["tokens"]))
-    return {
-        "push_goodput_ratio": best["streamed_gb_s"] / best["perftest_gb_s"],
-        "exposed_ratio_8k": longest["exposed_s"] / longest["prefill_s"],
-    }
+    found = {"exposed_ratio_8k": longest["exposed_s"] / longest["prefill_s"]}
+    if best["perftest_gb_s"]:
+        found["push_goodput_ratio"] = best["streamed_gb_s"] / best["perftest_gb_s"]
+    return found
 
 
 def driver() -> str:
@@ -221,7 +224,7 @@ def driver() -> str:
 
 def bench(shapes: Sequence[str], out: Path) -> int:
     """Runs everything and writes JSON. Returns the exit status."""
-    begun = time.monotonic()
+    begun, started_at = time.monotonic(), commit()
     turns = [*product(shapes, SIDES), (PUSH_SHAPE, PUSH)]
     sides = [Side(f"gpu {shape} {side}", ["benchmarks.gpu", "--child", shape, side]) for shape, side in turns]
     *steps, [pushed] = [given for _, given in in_turn(sides, out)]
@@ -237,11 +240,14 @@ def bench(shapes: Sequence[str], out: Path) -> int:
         f"push: see benchmarks/gpu_push.py; prompts of the {PUSH_SHAPE} shape, one at a time",
         f"left out, since the KV of all sequences does not fit beside the weights: {', '.join(left_out) or 'nothing'}",
     ]
+    found = {**figures(rows), **push_figures(pushed)}
     report = Report(
         "gpu",
-        {**figures(rows), **push_figures(pushed)},
+        found,
         [*rows, *pushed["goodput"], *pushed["exposed"], *({"measured": asdict(run)} for run in runs)],
         notes,
+        sorted(set(FIGURES["gpu"]) - set(found)),
+        commit=started_at,
     )
     report.machine["driver"] = driver()
     print(f"{report.write(out)}: {report.figures}")

@@ -226,7 +226,8 @@ def notes(some: Sequence[Race], alone: Costs, load: float) -> list[str]:
         " ends polling, no checksum, memory in pages of 4 KiB like ours; from the nixl-cu12 wheel without its"
         " dependencies, which needs no CUDA",
         "socket: sendall and recv_into of 8 MB, each transfer acknowledged",
-        "sender on core 0, receiver on core 1, the benchmark sleeps meanwhile; a round of warm-up is not counted; order"
+        "sender on core 0, receiver on core 1; the benchmark sleeps meanwhile, but for a moment per transfer of ours,"
+        " which it is told of; a round of warm-up is not counted; order"
         " rotates; 1 MB = 2^20 bytes, GB = 10^9",
         f"exposed: real prefill engine (SmolLM2, {dtype()}) on core 0, owner's mover on core 1, prefix cache off;"
         " first_request_ratio: one start of a mesh, TTFT of request 1 / request 10, 400 random tokens each",

@@ -21,6 +21,7 @@ import msgspec
 import numpy as np
 import zmq
 
+from benchmarks.harness import median
 from benchmarks.mover_memory import Place, make_blocks
 from tokenmesh.kv.geometry import BlockGeometry, LayerSpan
 from tokenmesh.kv.hub import LinkHub
@@ -177,8 +178,7 @@ class MoverPair:
         for place, block in zip(layout.source, layout.target, strict=True):
             if not np.array_equal(self.sender.blocks.block(place), self.owner.blocks.block(block)):
                 raise KvMoverError(f"block {block} of the owner is not block {place} of the sender")
-        alone.sort()
-        return Goodput(layout.nbytes * transfers / streamed, layout.nbytes / alone[len(alone) // 2])
+        return Goodput(layout.nbytes * transfers / streamed, layout.nbytes / median(alone))
 
     async def _timed(self, layout: Layout, transfers: int, depth: int) -> float:
         tickets = [secrets.token_bytes(16) for _ in range(transfers)]

@@ -36,7 +36,7 @@ from benchmarks.gpu import (
     write_model,
 )
 from benchmarks.gpu import SHAPES as LLAMA
-from benchmarks.harness import FIGURES, Report, median
+from benchmarks.harness import FIGURES, Report, commit, median
 from benchmarks.turns import Side, in_turn, wait_for_turn
 from tokenmesh.config import MeshConfig
 
@@ -97,7 +97,7 @@ class Measured:
         It takes time in proportion to its tokens. None if only short loads fit.
         """
         loads = [(int(batch), int(context)) for batch, context in (key.split("x") for key in self.steps)]
-        nearest = sorted(loads, key=lambda load: abs(load[0] * load[1] - batch * context))
+        nearest = sorted(loads, key=lambda load: (abs(load[0] * load[1] - batch * context), abs(load[1] - context)))
         for sequences, tokens in nearest:
             whole, short = self.step(sequences, tokens), self.step(sequences, SHORT)
             if tokens != SHORT and whole and short:
@@ -232,14 +232,15 @@ def figures(rows: Sequence[dict[str, Any]], measured: Sequence[Measured]) -> dic
         result["step_over_predicted_max"] = max(
             r["step_s"]["token_parallel"] / r["predicted_step_s"] for r in predicted
         )
-        result["exchange_us_p50"] = median([row["exchange_us_per_layer"] for row in predicted])
+        # One per batch: it does not depend on the context.
+        result["exchange_us_p50"] = median(list({r["batch"]: r["exchange_us_per_layer"] for r in predicted}.values()))
     return {name: value for name, value in result.items() if value}
 
 
 def bench(shapes: Sequence[str], gpus: int, out: Path) -> int:
     """Runs everything and writes JSON per shape. Returns the exit status."""
     for shape in shapes:
-        begun = time.monotonic()
+        begun, started_at = time.monotonic(), commit()
         sides = [side_of(shape, side, gpus) for side in SIDES]
         measured = [one for _, given in in_turn(sides, out) for one in seen(given)]
         rows = compare(shape, gpus, measured)
@@ -260,6 +261,7 @@ def bench(shapes: Sequence[str], gpus: int, out: Path) -> int:
             [*rows, *({**asdict(one), "kv_tokens": one.kv_tokens} for one in measured)],
             notes,
             unmeasured,
+            commit=started_at,
         )
         report.machine["driver"] = driver()
         print(f"{report.write(out / shape)}: {report.figures}")

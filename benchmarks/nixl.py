@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import asdict
@@ -69,6 +70,7 @@ async def nixl(layout: Layout, transport: str, transfers: int, depth: int = 2) -
         env=environment,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
+        start_new_session=True,
     )
     try:
         out, err = await asyncio.wait_for(process.communicate(), RUN_S)
@@ -76,7 +78,8 @@ async def nixl(layout: Layout, transport: str, transfers: int, depth: int = 2) -
         raise NixlError(f"NIXL does not end within {RUN_S:g} s") from None
     finally:
         if process.returncode is None:
-            process.kill()
+            # It has a process of its own, which polls.
+            os.killpg(process.pid, signal.SIGKILL)
             await process.wait()
     if process.returncode != 0:
         raise NixlError(f"NIXL failed: {err.decode()[-500:]}")

@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks.engine_group import EngineGroup, engine_group, random_prompts, step_seconds
 from benchmarks.exchange import Cost, measure
-from benchmarks.harness import Pair, Panel, Report, median, paired, plot, quantile
+from benchmarks.harness import Pair, Panel, Report, commit, median, paired, plot, quantile
 from benchmarks.servers import free_ports
 from tokenmesh.config import MeshConfig
 
@@ -82,18 +82,24 @@ def config(ranks: int, model: str, dtype: str) -> MeshConfig:
 async def side(running: EngineGroup, load: Load, index: int) -> Measured:
     """Short contexts, then long ones."""
     short = await running.generate(random_prompts([SHORT] * load.batch, index), load.tokens)
+    await flush(running)
     running.times.clear()
     long = await running.generate(random_prompts([load.context] * load.batch, index), load.tokens, pretend=True)
-    # Reports come twice a second; the last steps' belong to the next side.
-    await asyncio.sleep(0.6)
+    await flush(running)
     exchange = [us for times in running.times for us in times.exchange_us]
     return Measured(step_seconds(short), step_seconds(long), exchange)
+
+
+async def flush(running: EngineGroup) -> None:
+    """Has the last steps reported: that happens within a step, and twice a second at most."""
+    await asyncio.sleep(0.6)
+    await running.generate([[5, 6]], 1)
 
 
 async def imbalance(running: EngineGroup) -> float:
     """Longest rank's context over the mean, sampled while a skewed wave decodes; the worst sample counts."""
     wave = asyncio.create_task(running.generate(random_prompts(SKEW, 99), 8, pretend=True))
-    worst = 1.0
+    worst = 0.0
     while not wave.done():
         contexts = [entry.context_tokens for entry in running.engine.counts.ranks]
         sequences = sum(entry.sequences for entry in running.engine.counts.ranks)
@@ -101,6 +107,8 @@ async def imbalance(running: EngineGroup) -> float:
             worst = max(worst, max(contexts) / (sum(contexts) / len(contexts)))
         await asyncio.sleep(0.02)
     await wave
+    if not worst:
+        raise RuntimeError(f"no sample was taken while all {len(SKEW)} sequences decoded")
     return worst
 
 
@@ -127,7 +135,7 @@ def gains(pair: Pair[Measured]) -> tuple[float, float]:
 
 async def bench(pairs: int, load: Load, model: str, dtype: str, out: Path, notes: list[str]) -> int:
     """Runs everything and writes JSON and plot. Returns the exit status."""
-    steps = 400 if load is FULL else 20
+    started_at, steps = commit(), 400 if load is FULL else 20
     costs = [measure(transport, rows, steps) for transport in ("ucx", "gloo") for rows in ROWS]
     for cost in costs:
         print(f"exchange {cost.transport} {cost.rows} rows: p50 {cost.p50:.1f} us, p99 {cost.p99:.1f} us", flush=True)
@@ -148,7 +156,7 @@ async def bench(pairs: int, load: Load, model: str, dtype: str, out: Path, notes
             lambda i: side(one, load, i), lambda i: side(two, load, i), pairs, settle_s=SETTLE_S, note=tell
         )
         skew = await imbalance(two)
-    report = Report("tknp", figures(measured, costs, skew), runs(measured, costs), notes)
+    report = Report("tknp", figures(measured, costs, skew), runs(measured, costs), notes, commit=started_at)
     print(f"{report.write(out)}: {report.figures}")
     plot(out / "tknp.png", f"Token-parallel decode, {load.batch} x {load.context} tokens", panels(measured))
     return 0

@@ -38,9 +38,13 @@ class Side:
 
 
 def wait_for_turn() -> None:
-    """For a side's process: loads what takes long and no GPU, and returns when it is told to go on."""
+    """For a side's process: loads what takes long and no GPU, and returns when it is told to go on.
+
+    Ends the process if who should tell it is gone.
+    """
     importlib.import_module("vllm.v1.engine.async_llm")
-    sys.stdin.readline()
+    if not sys.stdin.readline():
+        sys.exit("nobody is left to take turns with")
 
 
 def memory_used() -> list[int]:
@@ -93,11 +97,16 @@ class _Turn:
         return [json.loads(file.read_text()) for _, file in self._processes]
 
     def end(self) -> None:
-        for process, _ in self._processes:
-            if process.poll() is None:
-                # It has engines and workers to end.
-                process.send_signal(signal.SIGINT)
+        running = [process for process, _ in self._processes if process.poll() is None]
+        for process in running:
+            # It has engines and workers to end.
+            process.send_signal(signal.SIGINT)
+        for process in running:
+            try:
                 process.wait(END_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 def in_turn(sides: Sequence[Side], out: Path) -> Iterator[tuple[Side, list[Any]]]:

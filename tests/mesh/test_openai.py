@@ -59,6 +59,22 @@ def test_chat(client: openai.OpenAI, model: str) -> None:
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + 8
 
 
+def test_responses(client: openai.OpenAI, model: str) -> None:
+    ask: dict[str, Any] = {"model": model, "input": CAPITAL[0]["content"], "max_output_tokens": 12, "temperature": 0}
+    # (1) The same answer as a chat's, and its usage.
+    answer = client.responses.create(**ask)
+    assert (answer.status, answer.output_text) == ("completed", "The capital of France is Paris.")
+    assert answer.usage is not None
+    assert (answer.usage.output_tokens, answer.usage.total_tokens) == (8, answer.usage.input_tokens + 8)
+    # (2) Streamed.
+    events = list(client.responses.create(**ask, stream=True))
+    assert "".join(e.delta for e in events if e.type == "response.output_text.delta") == answer.output_text
+    assert events[-1].type == "response.completed"
+    # (3) What does not fit is refused as elsewhere.
+    with pytest.raises(openai.BadRequestError):
+        client.responses.create(**{**ask, "max_output_tokens": -1})
+
+
 def test_completion(client: openai.OpenAI, model: str) -> None:
     # (1) Two prompts in one request give two answers in order, each the answer to its prompt alone.
     prompts = ["Once upon", "The sky is"]
