@@ -10,6 +10,7 @@ import re
 import signal
 import socket
 import sys
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -317,9 +318,11 @@ async def test_stubborn_service_is_killed(config: MeshConfig, tmp_path: Path, mo
     await mesh.__aenter__()
     stopping = asyncio.create_task(mesh.stop())
     await asyncio.sleep(0.3)
+    begun = time.monotonic()
     stopping.cancel()
     with pytest.raises(asyncio.CancelledError):
         await stopping
+    assert time.monotonic() - begun < child.STOP_GRACE_S / 2
     assert running([c.pid for c in mesh.children]) == []
 
 

@@ -83,6 +83,7 @@ def test_messages_arrive_whole_and_in_order(pair: Pair) -> None:
     assert pair.says() == "echoed"
     # A root that leaves is noticed by the rank, which waits without a deadline.
     pair.root.close()
+    assert pair.says() == "left"
     with pytest.raises(PeerLostError, match="closed"):
         pair.root.send(torch.zeros(1, dtype=torch.uint8))
 

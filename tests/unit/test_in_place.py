@@ -90,6 +90,8 @@ class Line:
         self.headers: asyncio.Queue[tuple[Buffer, asyncio.Future[None]]] = asyncio.Queue()
         self.payloads: list[tuple[Buffer, asyncio.Future[None]]] = []
         self.closed = False
+        self.lets_go = True
+        """Whether closing it ends what is awaited, as it should."""
 
     def recv(self, buffer: Buffer, channel: int, bulk: bool = False) -> asyncio.Future[None]:
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -115,7 +117,7 @@ class Line:
 
     def close(self) -> None:
         self.closed = True
-        for _, future in self.payloads:
+        for _, future in self.payloads if self.lets_go else ():
             if not future.done():
                 future.set_exception(UcxError("closed"))
 
@@ -130,6 +132,7 @@ async def line(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[Owner, Li
     serving = asyncio.create_task(owner.receiver.serve(cast(UcxEndpoint, line)))
     yield owner, line
     # Nothing is left open.
+    line.lets_go = True
     line.close()
     serving.cancel()
     await asyncio.gather(serving, return_exceptions=True)
@@ -194,6 +197,31 @@ async def test_settling_closes_the_endpoint_of_a_payload_that_does_not_come(line
     await asyncio.sleep(0.4)
     assert sender.closed
     assert [report.error for report in owner.reports] == ["12 of 12 block layers did not arrive"]
+
+
+class EndedError(Exception):
+    """The process would be gone."""
+
+
+async def test_a_mover_ends_rather_than_settle_what_may_still_be_written(
+    line: tuple[Owner, Line], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner, sender = line
+
+    def end(status: int) -> None:
+        raise EndedError(status)
+
+    monkeypatch.setattr(os, "_exit", end)
+    # (1) UCX keeps the buffer although the endpoint is closed.
+    sender.lets_go = False
+    await sender.head(message(2, 0, 2)[0])
+    owner.receiver.settle(TICKET)
+    (settling,) = owner.receiver._settling
+    # (2) The mover dies of it, so that nobody takes the blocks for free.
+    with pytest.raises(EndedError, match="1"):
+        await settling
+    assert sender.closed
+    assert owner.reports == []
 
 
 async def test_a_payload_that_does_not_come_is_given_up(

@@ -31,6 +31,8 @@ from tokenmesh.kv.messages import (
     SendDone,
     Settle,
     Settled,
+    Sync,
+    Synced,
     ToMover,
     ToService,
     encode,
@@ -122,8 +124,10 @@ async def transfer(
     sender: LocalMover, owner: LocalMover, ticket: bytes, source: list[int], target: list[int]
 ) -> tuple[SendDone, Settled]:
     """All layers of `source` blocks into `target` blocks, in two pushes a layer as chunked prefill does."""
+    # What a fast sender writes before the ticket is open would be dropped.
     owner.hub.send("mover-0", Expect(ticket, target))
-    await asyncio.sleep(0.05)
+    owner.hub.send("mover-0", Sync(ticket))
+    assert (await owner.expect(Synced)).transfer_id == ticket
     await sender.tell(OpenSend(ticket, [Destination(*owner.address)]))
     half = len(source) // 2
     for first, blocks in ((0, source[:half]), (half, source[half:])):

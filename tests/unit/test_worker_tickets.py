@@ -10,7 +10,7 @@ from services.decode.worker import service
 from services.decode.worker.service import WorkerServicer
 from tests.unit.test_worker_service import ROOM, TICKET, Worker, refused
 from tokenmesh.config import DecodeWorkerConfig
-from tokenmesh.kv.messages import NOT_OPEN, CloseShard, Expect, OpenShard, Settle, ShardClosed, ZeroShard
+from tokenmesh.kv.messages import NOT_OPEN, CloseShard, Expect, OpenShard, Settle, ShardClosed, Sync, Synced, ZeroShard
 from tokenmesh.rpc.errors import Reason
 from tokenmesh.v1 import kv_pb2
 
@@ -62,6 +62,41 @@ async def test_a_mover_that_does_not_answer(worker: Worker, monkeypatch: pytest.
     worker.shards.silent = {Settle}
     reply = await worker.call("SettleKv", decode_root_id="root", transfer_id=TICKET)
     assert (reply.complete, reply.error) == (False, "a mover does not answer")
+    await worker.nothing_is_left()
+
+
+async def test_a_ticket_that_a_mover_does_not_open(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokenmesh.kv.settling.SETTLE_TIMEOUT_S", 0.05)
+    ticket = {"decode_root_id": "root", "transfer_id": TICKET}
+    # (1) Nobody is told to write under it.
+    worker.shards.silent = {Sync}
+    call = worker.call("ExpectKv", **ticket, block_ids=[1])
+    await refused(call, "UNAVAILABLE", Reason.KV_OWNER_UNREACHABLE)
+    # (2) It may be open nevertheless, and counts until it is settled.
+    await refused(worker.call("ResetCache", decode_root_id="root"), "FAILED_PRECONDITION", Reason.BUSY)
+    await worker.call("SettleKv", **ticket)
+    await worker.call("ResetCache", decode_root_id="root")
+    await worker.nothing_is_left()
+
+
+async def test_a_ticket_is_open_once_every_mover_has_said_so(worker: Worker) -> None:
+    # (1) Asked after the ticket was sent: a mover takes one after the other.
+    worker.shards.silent = {Sync}
+    expecting = asyncio.create_task(
+        worker.call("ExpectKv", decode_root_id="root", transfer_id=TICKET, block_ids=[3, 1])
+    )
+    await worker.shards.asked.wait()
+    asked = [(peer, message) for peer, message in worker.shards.sent if isinstance(message, Expect | Sync)]
+    orders = (Expect(TICKET, [3, 1]), Sync(TICKET))
+    assert asked == [(f"mover-{n}", order) for n in (0, 1) for order in orders]
+    # (2) One mover is not enough, and what the other says of another ticket is about that one.
+    worker.servicer.settling.note(Synced(TICKET, 0))
+    worker.servicer.settling.note(Synced(b"o" * 16, 1))
+    await asyncio.sleep(0.05)
+    assert not expecting.done()
+    # (3) The other one too.
+    worker.servicer.settling.note(Synced(TICKET, 1))
+    await expecting
     await worker.nothing_is_left()
 
 

@@ -39,6 +39,7 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         self._requests = requests
         self._describe = describe
         self._reset = reset_prefix_cache
+        self._resetting = asyncio.Lock()
         self._started = time.monotonic()
         admin_pb2_grpc.add_AdminServiceServicer_to_server(self, server.server)
         server.add(admin_pb2.DESCRIPTOR.services_by_name["AdminService"].full_name)
@@ -79,8 +80,10 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
     ) -> admin_pb2.ResetPrefixCacheResponse:
         """See admin.proto."""
         self._check(context)
-        if len(self._requests) or not await self._reset_alone():
-            raise MeshError(grpc.StatusCode.FAILED_PRECONDITION, Reason.BUSY, "blocks are still in use")
+        # One after the other: the end of the first would let requests in while the second is at work.
+        async with self._resetting:
+            if len(self._requests) or not await self._reset_alone():
+                raise MeshError(grpc.StatusCode.FAILED_PRECONDITION, Reason.BUSY, "blocks are still in use")
         return admin_pb2.ResetPrefixCacheResponse()
 
     async def _reset_alone(self) -> bool:

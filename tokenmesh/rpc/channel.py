@@ -26,7 +26,7 @@ CHANNEL_OPTIONS = [
 
 SERVER_OPTIONS = [
     *_KEEPALIVE,
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     # Two servers on one port would share it silently; we want the second to fail.

@@ -169,7 +169,7 @@ class Group:
                 answers = await self.engine.llm.collective_rpc("join_rank", args=(msgspec.msgpack.encode(join),))
             why = next((error for _, error in answers if error), "")
         except Exception as error:  # noqa: BLE001 - vLLM's own, whatever has become of its workers
-            why = str(error)
+            why = str(error).strip() or type(error).__name__
         if why:
             await self._detach(rank)
             raise MeshError(grpc.StatusCode.UNAVAILABLE, Reason.RANK_UNREACHABLE, why.strip().splitlines()[-1])
