@@ -23,11 +23,18 @@ from tokenmesh.v1 import admin_pb2, admin_pb2_grpc
 KV_BYTES = 512 << 20
 
 
+_GIVEN: set[int] = set()
+
+
 def free_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that was free a moment ago, and that nobody here has been given before."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        if port not in _GIVEN:
+            _GIVEN.add(port)
+            return port
 
 
 def mesh_config(dtype: str = "float32", **sections: object) -> MeshConfig:
@@ -181,10 +188,3 @@ def mesh(mesh_logs: Path, spans: Receiver) -> Iterator[RunningMesh]:
         return
     with run_mesh(mesh_config(), mesh_logs) as running_mesh:
         yield running_mesh
-
-
-@pytest.fixture
-def idle_after(mesh: RunningMesh) -> Iterator[None]:
-    """Proves after a test that no request, block or transfer is left on either engine."""
-    yield
-    assert not any(mesh.wait_idle().values()), mesh.held()

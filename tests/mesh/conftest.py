@@ -1,4 +1,4 @@
-"""Every test here runs against the session's mesh, and leaves it idle."""
+"""Tests here run against the session's mesh, and leave it idle; or against one of their own."""
 
 from __future__ import annotations
 
@@ -18,11 +18,19 @@ LOG_LINES = 40
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks this folder's tests, and has each prove that it left nothing behind."""
+    """Marks this folder's tests."""
     for item in items:
         if "tests/mesh" in str(item.path):
             item.add_marker(pytest.mark.mesh)
-            item.add_marker(pytest.mark.usefixtures("idle_after"))
+
+
+@pytest.fixture(autouse=True)
+def idle_after(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Proves after a test on the session's mesh that no request, block or transfer is left in it."""
+    mesh: RunningMesh | None = request.getfixturevalue("mesh") if "mesh" in request.fixturenames else None
+    yield
+    if mesh is not None:
+        assert not any(mesh.wait_idle().values()), mesh.held()
 
 
 @pytest.fixture

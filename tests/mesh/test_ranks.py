@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import signal
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import grpc
 import httpx
 import psutil
 import pytest
@@ -25,7 +27,7 @@ from tests.mesh.test_traces import CLIENT, new_trace
 from tests.otlp import Receiver, Trace
 from tokenmesh.config import MeshConfig
 from tokenmesh.telemetry import span_names as names
-from tokenmesh.v1 import admin_pb2, sampling_pb2
+from tokenmesh.v1 import admin_pb2, sampling_pb2, worker_pb2, worker_pb2_grpc
 
 RANKS = 3
 BLOCKS = 32
@@ -132,7 +134,12 @@ def test_a_worker_takes_little_more_than_its_partition(group: Group) -> None:
     processes = [worker, *worker.children(recursive=True)]
     assert len(processes) == 3, "the service, its shard and the shard's mover"
     total = sum(process.memory_full_info().pss for process in processes)
-    partition = group.mesh.config.decode_worker.kv_cache_memory_bytes
+    with grpc.insecure_channel(group.mesh.config.worker_addresses(0)[0]) as channel:
+        partition = (
+            worker_pb2_grpc.WorkerServiceStub(channel).GetStats(worker_pb2.GetStatsRequest(), timeout=5).kv_bytes
+        )
+    # Its blocks, not all that it may take.
+    assert 0 < partition < group.mesh.config.decode_worker.kv_cache_memory_bytes
     print(f"a worker takes {(total - partition) / 2**30:.2f} GiB beyond its partition")
     assert total < partition + (1 << 30)
 
@@ -258,5 +265,9 @@ async def test_a_killed_rank_costs_time_and_no_token(group: Group, spans: Receiv
         back.terminate()
         assert [tokens for tokens, _ in await wave] == group.truth[:12]
         assert await asyncio.to_thread(back.wait, 30) == 0
+        left = [
+            line for line in (group.file.parent / "decode-root-0.log").read_text().splitlines() if "detached" in line
+        ]
+        assert json.loads(left[-1])["reason"] == "drained"
     finally:
         back.kill()
