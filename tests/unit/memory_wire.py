@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -16,19 +15,26 @@ from tokenmesh.kv.geometry import BlockGeometry, LayerSpan
 from tokenmesh.kv.memory import KvMemory
 from tokenmesh.kv.messages import Connected, Expect, SendDone, Settled
 
-# UCX reads its environment on import.
-os.environ.update({k: v for k, v in transports.environment("auto").items() if k not in os.environ})
+SETTINGS = transports.environment("auto")
 
-from tokenmesh.kv import receiver as receiver_module
-from tokenmesh.kv import sender as sender_module
-from tokenmesh.kv import wire
-from tokenmesh.kv.receiver import Receiver
-from tokenmesh.kv.sender import Sender
-from tokenmesh.kv.ucx import TooLongError, UcxEndpoint, UcxError, UcxWorker
+# UCX reads its environment here, and again as a worker is made. What other tests start has settings of its own.
+with transports.in_environment(SETTINGS):
+    from tokenmesh.kv import receiver as receiver_module
+    from tokenmesh.kv import sender as sender_module
+    from tokenmesh.kv.receiver import Receiver
+    from tokenmesh.kv.sender import Sender
+    from tokenmesh.kv.ucx import TooLongError, UcxEndpoint, UcxError, UcxWorker
 
 WINDOW = 4
-sender_module.PROBE_BYTES = 4096
-wire.STALL_S = 0.1
+PROBE_BYTES = 4096
+
+
+@pytest.fixture(autouse=True, scope="module")
+def wire_settings() -> Iterator[None]:
+    """UCX's, and probes that take no time: for the tests of every module that imports this, and for no others."""
+    with transports.in_environment(SETTINGS), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sender_module, "PROBE_BYTES", PROBE_BYTES)
+        yield
 
 
 class MemoryEndpoint:

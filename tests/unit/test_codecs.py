@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from tests.unit.memory_wire import Cache, MemoryWorker, OwningEnd, SendingEnd
+from tests.unit.memory_wire import wire_settings as wire_settings
 from tokenmesh.kv.codecs import NAMES, CodecError, check_codec, codec_label, codec_name, make_codec
 from tokenmesh.kv.codecs.choice import Speed, choose, measure
 from tokenmesh.kv.codecs.links import LinkCodecs

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 
 from tests.unit.memory_wire import MemoryWorker, OwningEnd, SendingEnd
+from tests.unit.memory_wire import wire_settings as wire_settings
 from tests.unit.test_memory import BLOCKS, HEADS, LAYERS, places
 from tokenmesh.kv.codecs import make_codec
 from tokenmesh.kv.device.digest import reference

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
@@ -44,6 +45,8 @@ class Root(decode_pb2_grpc.DecodeServiceServicer):
         self.requests: list[decode_pb2.GenerateRequest] = []
         self.endless: Iterable[int] = ()
         """Tokens before the last one."""
+        self.serving = 0
+        """Calls that have not ended."""
 
     async def GetLoad(self, request: Any, context: Any) -> decode_pb2.GetLoadResponse:
         return decode_pb2.GetLoadResponse()
@@ -52,9 +55,13 @@ class Root(decode_pb2_grpc.DecodeServiceServicer):
         self.requests.append(request)
         if self.refusal is not None:
             await abort(context, self.refusal)
-        for token in self.endless:
-            yield decode_pb2.GenerateResponse(token_ids=[token])
-            await asyncio.sleep(0.01)
+        self.serving += 1
+        try:
+            for token in self.endless:
+                yield decode_pb2.GenerateResponse(token_ids=[token])
+                await asyncio.sleep(0.01)
+        finally:
+            self.serving -= 1
         yield decode_pb2.GenerateResponse(
             token_ids=[5],
             finish_reason=sampling_pb2.FINISH_REASON_LENGTH,
@@ -64,7 +71,7 @@ class Root(decode_pb2_grpc.DecodeServiceServicer):
 
 
 class Running(NamedTuple):
-    """A gateway over one root."""
+    """A gateway over a root."""
 
     root: Root
     client: MeshEngineClient
@@ -81,29 +88,45 @@ def vllm_config() -> VllmConfig:
 
 
 @asynccontextmanager
-async def gateway(vllm_config: VllmConfig, **config: Any) -> AsyncIterator[Running]:
-    """Both, and a channel to the gateway's gRPC front."""
-    root_port, port = free_ports(2)
-    peers: dict[str, Any] = {"decode_roots": (f"127.0.0.1:{root_port}",), "prefills": ()}
+async def serving_root() -> AsyncIterator[Root]:
+    """A root that serves."""
+    (port,) = free_ports(1)
+    root = Root(RpcServer("127.0.0.1", port))
+    await root.server.start()
+    try:
+        yield root
+    finally:
+        await root.server.stop(0)
+
+
+@asynccontextmanager
+async def gateway(vllm_config: VllmConfig, *more: Root, **config: Any) -> AsyncIterator[Running]:
+    """Both, and a channel to the gateway's gRPC front. `more` roots serve, too; idle ones are chosen in their order."""
+    async with serving_root() as root, _fronts(vllm_config, [root, *more], config) as running:
+        yield running
+
+
+@asynccontextmanager
+async def _fronts(vllm_config: VllmConfig, roots: list[Root], config: dict[str, Any]) -> AsyncIterator[Running]:
+    (port,) = free_ports(1)
+    peers: dict[str, Any] = {"decode_roots": tuple(root.server.address for root in roots), "prefills": ()}
     mesh = MeshConfig(gateway={**peers, "grpc_port": port, **config})
-    root, fronts = Root(RpcServer("127.0.0.1", root_port)), RpcServer("127.0.0.1", port)
+    fronts = RpcServer("127.0.0.1", port)
     servicer = InferenceServicer(mesh.gateway, mesh.model_name)
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, fronts.server)
-    await root.server.start()
     await fronts.start()
     async with Router(mesh) as router, grpc.aio.insecure_channel(fronts.address) as channel:
         table = RequestTable(10)
         client = MeshEngineClient(vllm_config, mesh.gateway, mesh.model_name, Pulse(), router, table)
         servicer.attach(client)
         async with asyncio.timeout(10):
-            while not router.roots.usable():  # noqa: ASYNC110 - polls alone notice
+            while len(router.roots.usable()) < len(roots):  # noqa: ASYNC110 - polls alone notice
                 await asyncio.sleep(0.01)
         try:
-            yield Running(root, client, channel, table)
+            yield Running(roots[0], client, channel, table)
         finally:
             client.shutdown()
             await fronts.stop(0)
-            await root.server.stop(0)
 
 
 TOKENS = inference_pb2.Prompt(token_ids=inference_pb2.TokenIds(ids=[1, 2, 3]))
@@ -117,6 +140,12 @@ async def ask(channel: grpc.aio.Channel, prompt: inference_pb2.Prompt, max_token
     params = sampling_pb2.SamplingParams(max_tokens=max_tokens, ignore_eos=True)
     request = inference_pb2.StreamGenerateRequest(prompt=prompt, sampling_params=params)
     async for _ in inference_pb2_grpc.InferenceServiceStub(channel).StreamGenerate(request, timeout=10):
+        pass
+
+
+async def read(stream: AsyncIterator[Any]) -> None:
+    """To its end."""
+    async for _ in stream:
         pass
 
 
@@ -153,6 +182,70 @@ async def test_a_root_that_goes_in_the_middle_is_told_as_the_lack_of_one(vllm_co
     # 2. What was streamed cannot be taken back, so it is the client who may try again.
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
     assert MeshError.from_rpc(caught.value).reason is Reason.NO_DECODE_ROOT
+
+
+@pytest.mark.parametrize(
+    ("code", "reason", "elsewhere"),
+    [
+        ("UNAVAILABLE", Reason.DRAINING, True),
+        ("RESOURCE_EXHAUSTED", Reason.QUEUE_FULL, True),
+        ("INTERNAL", Reason.INTERNAL, False),
+    ],
+)
+async def test_a_root_that_cannot_serve_is_not_the_last_word(
+    vllm_config: VllmConfig, code: str, reason: Reason, elsewhere: bool
+) -> None:
+    async with serving_root() as second, gateway(vllm_config, second) as (first, _, channel, _):
+        first.refusal = MeshError(grpc.StatusCode[code], reason, "why")
+        if elsewhere:
+            # 1. The client never hears of a root that is going or full; each is asked once.
+            await ask(channel, TOKENS)
+            assert (len(first.requests), len(second.requests)) == (1, 1)
+            # 2. As the same request.
+            assert first.requests[0].request_id == second.requests[0].request_id
+        else:
+            # 3. A fault may be the request's own: it is not carried from root to root.
+            with pytest.raises(grpc.aio.AioRpcError, match="why"):
+                await ask(channel, TOKENS)
+            assert (len(first.requests), len(second.requests)) == (1, 0)
+
+
+async def test_what_a_client_has_read_of_is_not_begun_anew_elsewhere(vllm_config: VllmConfig) -> None:
+    async with serving_root() as second, gateway(vllm_config, second) as (first, client, _, requests):
+        first.endless = itertools.repeat(5)
+        # 1. The client has a token when the root's process ends, as it were.
+        stream = client.generate(PROMPT, SamplingParams(max_tokens=2000), "cut")
+        await anext(stream)
+        await first.server.stop(0)
+        # 2. Another root would begin again, and perhaps sample something else: only the client can.
+        with pytest.raises(GracefulHTTPError) as caught:
+            await asyncio.wait_for(read(stream), 5)
+        assert caught.value.http_status == 503
+        assert (len(first.requests), len(second.requests)) == (1, 0)
+        assert requests.outcomes == {"failed": 1}
+
+
+async def test_a_request_that_lives_too_long_is_ended_everywhere(vllm_config: VllmConfig) -> None:
+    async with serving_root() as second, gateway(vllm_config, second, request_timeout_s=0.3) as running:
+        running.root.endless = itertools.repeat(5)
+        # 1. 504 over REST, ...
+        stream = running.client.generate(PROMPT, SamplingParams(max_tokens=2000), "long")
+        with pytest.raises(GracefulHTTPError) as told:
+            await asyncio.wait_for(read(stream), 5)
+        assert told.value.http_status == 504
+        # 2. ... and over gRPC its like, long before the client's own deadline.
+        begun = time.monotonic()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await ask(running.channel, TOKENS, max_tokens=2000)
+        assert time.monotonic() - begun < 5
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert MeshError.from_rpc(caught.value).reason is Reason.DEADLINE_EXCEEDED
+        # 3. Nothing of them goes on, and no other root begins.
+        async with asyncio.timeout(5):
+            while running.root.serving:  # noqa: ASYNC110 - the root notices by itself
+                await asyncio.sleep(0.01)
+        assert not len(running.requests)
+        assert not second.requests
 
 
 async def test_a_chat_goes_through_the_template_that_is_configured(vllm_config: VllmConfig) -> None:

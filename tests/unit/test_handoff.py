@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 import pytest
 
+from services.decode.root import handoff as handoff_module
 from services.decode.root.handoff import HandOff, Prompt
 from tests.unit.fake_service import free_ports
 from tokenmesh.config import DecodeConfig
@@ -19,6 +20,7 @@ from tokenmesh.kv.geometry import BlockGeometry
 from tokenmesh.kv.messages import DropKv, KvArrived, WantKv
 from tokenmesh.kv.settling import Outcome
 from tokenmesh.parallel.ids import STRIDE
+from tokenmesh.rpc.errors import Reason
 from tokenmesh.rpc.server import RpcServer
 from tokenmesh.telemetry.metrics import Metrics
 from tokenmesh.v1 import kv_pb2, prefill_pb2, prefill_pb2_grpc
@@ -94,11 +96,12 @@ async def serving(count: int = 1) -> AsyncIterator[list[tuple[str, Prefill]]]:
 class Root:
     """A hand-off with an engine that only listens."""
 
-    def __init__(self, *addresses: str, settles: asyncio.Event | None = None) -> None:
+    def __init__(self, *addresses: str, settles: asyncio.Event | None = None, timeout_s: float = 60.0) -> None:
         self.told: list[Any] = []
         self._heard = asyncio.Event()
         self.group: Any = Group(Owner(self.told, "owner", settles))
-        self.handoff = HandOff(DecodeConfig(), "root", self.group, Metrics())
+        config = DecodeConfig(kv_transfer={"timeout_s": timeout_s})
+        self.handoff = HandOff(config, "root", self.group, Metrics())
         mover = SimpleNamespace(geometry=GEOMETRY, host="127.0.0.1", port=1)
         hub = SimpleNamespace(send=self._send)
         engine: Any = SimpleNamespace(shards=1, hub=hub, movers={0: mover})
@@ -111,6 +114,7 @@ class Root:
         self._heard.set()
 
     def want(self) -> None:
+        self._heard.clear()
         self.handoff.handle(WantKv("r-0", "r", 0, 200, BLOCKS))
 
     async def heard(self) -> None:
@@ -137,6 +141,7 @@ async def test_a_prompt_given_up_before_anything_began_is_told_too(anyhow: KvArr
         await root.heard()
     assert root.told == [("worker-0", anyhow)]
     assert root.handoff.open == 0
+    assert not root.handoff.failures
 
 
 async def test_a_prompt_given_up_while_its_ticket_is_being_closed_waits_for_that(anyhow: KvArrived) -> None:
@@ -158,6 +163,8 @@ async def test_a_prompt_given_up_while_its_ticket_is_being_closed_waits_for_that
             settles.set()
             await root.heard()
         assert root.told[-2:] == [("owner", "settled"), ("worker-0", anyhow)]
+        # 4. Whose KV nobody wants any more has not failed.
+        assert not root.handoff.failures
         await root.handoff.close()
 
 
@@ -178,6 +185,60 @@ async def test_a_rank_that_is_back_is_another_owner(anyhow: KvArrived) -> None:
         assert not [entry for entry in root.told if entry[0] == "the next owner"]
         assert root.arrivals == [("worker-0", anyhow)]
         assert root.prompt.failed
+        # 3. Both are counted: the service, whose abort names no reason of ours, and the rank.
+        assert root.handoff.failures == {Reason.INTERNAL.value: 1, Reason.KV_OWNER_UNREACHABLE.value: 1}
+        await root.handoff.close()
+
+
+async def test_a_service_that_never_answers_is_given_up_in_time(anyhow: KvArrived) -> None:
+    settles = asyncio.Event()
+    async with serving(2) as [(first, _), (second, other)]:
+        root = Root(first, second, settles=settles, timeout_s=0.3)
+        other.may_answer.set()
+        with root.handoff.registered("r", root.prompt):
+            # 1. The first service takes all the time that there is, and the owner some more to close the ticket.
+            root.want()
+            await asyncio.sleep(0.6)
+            assert root.arrivals == []
+            settles.set()
+            await root.heard()
+        # 2. One ticket, closed before the engine hears of it; for another service there is no time left.
+        assert root.told == [("owner", "expects", [10, 11]), ("owner", "settled"), ("worker-0", anyhow)]
+        assert not other.called.is_set()
+        assert root.prompt.failed
+        # 3. Counted for the call, and for the prompt that is out of time.
+        assert root.handoff.failures == {Reason.DEADLINE_EXCEEDED.value: 2}
+        await root.handoff.close()
+
+
+async def test_a_service_that_was_just_unreachable_is_tried_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Longer than any test takes.
+    monkeypatch.setattr(handoff_module, "RETRY_AFTER_S", 60.0)
+    async with serving(2) as [(first, broken), (second, other)]:
+        root = Root(first, second)
+
+        async def prompt(*failing: Prefill) -> list[Prefill]:
+            """Returns who was asked."""
+            for prefill in (broken, other):
+                prefill.called.clear()
+                prefill.may_answer.set()
+                prefill.fails = prefill in failing
+            root.want()
+            await root.heard()
+            assert root.arrivals[-1] == ("worker-0", KvArrived("r-0", True))
+            return [prefill for prefill in (broken, other) if prefill.called.is_set()]
+
+        with root.handoff.registered("r", root.prompt):
+            # 1. Prompts go to the first of their candidates; it is unreachable, and the second takes over.
+            assert await prompt(broken) == [broken, other]
+            # 2. The next prompt does not wait for it, whether or not it is back.
+            assert await prompt() == [other]
+            # 3. Last is not never: the second goes too, so that the first is asked after it.
+            assert await prompt(other) == [broken, other]
+            # 4. Some time later it is as good as any.
+            monkeypatch.setattr(handoff_module, "RETRY_AFTER_S", 0.0)
+            assert await prompt() == [broken]
+        assert root.handoff.failures == {Reason.INTERNAL.value: 2}
         await root.handoff.close()
 
 
@@ -195,4 +256,5 @@ async def test_what_arrived_is_told_as_such() -> None:
         ]
         assert not root.prompt.failed
         assert root.prompt.receipt is not None
+        assert not root.handoff.failures
         await root.handoff.close()

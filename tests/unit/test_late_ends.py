@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.unit.memory_wire import WINDOW, Cache, MemoryWorker, OwningEnd, SendingEnd
+from tests.unit.memory_wire import PROBE_BYTES, WINDOW, Cache, MemoryWorker, OwningEnd, SendingEnd
+from tests.unit.memory_wire import wire_settings as wire_settings
 from tests.unit.test_integrity import BLOCKS, CHUNK, GEOMETRY, LAYERS, SIZE, SOURCE, TARGET
 from tokenmesh.kv import wire
 from tokenmesh.kv.geometry import BlockGeometry
@@ -150,7 +151,7 @@ async def test_a_sender_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) 
 async def answer_probe(endpoint: Any) -> None:
     for _ in range(3):
         await endpoint.recv(np.zeros(HEADER_BYTES, dtype=np.uint8), HEADER_CHANNEL)
-        await endpoint.recv(np.zeros(4096, dtype=np.uint8), PAYLOAD_CHANNEL)
+        await endpoint.recv(np.zeros(PROBE_BYTES, dtype=np.uint8), PAYLOAD_CHANNEL)
 
 
 async def hang(endpoint: Any) -> None:

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.memory_wire import Cache, MemoryWorker, OwningEnd, SendingEnd, receive_in_place
+from tests.unit.memory_wire import wire_settings as wire_settings
 from tokenmesh.kv.geometry import BlockGeometry, GeometryMismatchError
 from tokenmesh.kv.messages import Commit, Destination, Push
 from tokenmesh.kv.routes import Route, check_routes, plan_routes, shard_heads
