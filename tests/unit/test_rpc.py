@@ -403,12 +403,12 @@ class Cache:
             raise self.outcome
         return self.outcome
 
-    def ask(self) -> asyncio.Task[MeshError | None]:
+    def ask(self, timeout: float = 10) -> asyncio.Task[MeshError | None]:
         """Asks for a reset; its result is what the caller is told."""
 
         async def asked() -> MeshError | None:
             try:
-                await self.admin.ResetPrefixCache(admin_pb2.ResetPrefixCacheRequest(), timeout=10)
+                await self.admin.ResetPrefixCache(admin_pb2.ResetPrefixCacheRequest(), timeout=timeout)
             except grpc.aio.AioRpcError as error:
                 return MeshError.from_rpc(error)
             return None
@@ -482,6 +482,20 @@ async def test_nobody_gets_in_between_two_that_empty_a_cache(cache: Cache) -> No
     cache.may_end.set()
     assert await asyncio.gather(*asked) == [None, None]
     assert cache.refusal() == ""
+
+
+async def test_a_caller_who_gives_up_lets_nobody_in(cache: Cache) -> None:
+    # 1. Nobody waits for the answer any more.
+    error = await cache.ask(timeout=0.3)
+    assert error is not None
+    assert error.code is grpc.StatusCode.DEADLINE_EXCEEDED
+    # 2. The service is still at it.
+    await asyncio.sleep(0.2)
+    assert cache.refusal() == EMPTIED
+    cache.may_end.set()
+    async with asyncio.timeout(5):
+        while cache.refusal():  # noqa: ASYNC110 - nobody is told of it
+            await asyncio.sleep(0.01)
 
 
 async def test_emptying_a_cache_does_not_undo_a_drain(cache: Cache) -> None:

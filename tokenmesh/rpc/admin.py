@@ -13,6 +13,7 @@ from tokenmesh import __version__
 from tokenmesh.lifecycle import RequestTable
 from tokenmesh.rpc.errors import MeshError, Reason
 from tokenmesh.rpc.server import Context, RpcServer
+from tokenmesh.tasks import to_the_end
 from tokenmesh.v1 import admin_pb2, admin_pb2_grpc
 
 
@@ -82,7 +83,8 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         self._check(context)
         # One after the other: the end of the first would let requests in while the second is at work.
         async with self._resetting:
-            if len(self._requests) or not await self._reset_alone():
+            # A caller who gives up does not end it: workers may be at it already.
+            if len(self._requests) or not await to_the_end(self._reset_alone()):
                 raise MeshError(grpc.StatusCode.FAILED_PRECONDITION, Reason.BUSY, "blocks are still in use")
         return admin_pb2.ResetPrefixCacheResponse()
 
