@@ -40,7 +40,7 @@ ENGINE_ARGS = {
 }
 """vLLM's, the same on all sides."""
 REPEATS = 3
-TOKENS = 96
+TOKENS = 64
 """Decoded per sequence and repetition."""
 
 SHAPES: dict[str, dict[str, Any]] = {
