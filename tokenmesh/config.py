@@ -150,7 +150,8 @@ class GroupConfig(_Section):
     timeout_s: Annotated[float, Field(gt=0)] = 5.0
     """A rank that is silent for longer within a step is given up and its sequences are computed again elsewhere."""
     placement: Literal["balance", "hash"] = "balance"
-    """``balance``: the longest cached prefix, then the least context tokens. ``hash``: by the request's id."""
+    """``balance``: the longest cached prefix, then the least context tokens. ``hash``: by the id
+    that the root's engine gives a request, which ends in random characters; blind to load, to compare with."""
     kv_route: Literal["direct", "via_root"] = "direct"
     """``direct``: prefill services write into the owning rank. ``via_root``: the root passes the KV on, for networks
     in which they cannot reach it."""
@@ -247,7 +248,8 @@ class GatewayConfig(_Section):
     """vLLM reasoning parser; decode roots use it too, and constrain structured answers only after thinking."""
     chat_template: str | None = None
     server_args: dict[str, Any] = Field(default_factory=dict)
-    """Any other argument of vLLM's OpenAI server, by its Python name."""
+    """Any other argument that vLLM's OpenAI application reads, by its Python name, e.g. ``allowed_origins``. TLS is for
+    what stands in front of the gateway."""
 
 
 class LogConfig(_Section):

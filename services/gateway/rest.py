@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from argparse import Namespace
+from dataclasses import fields
 from http import HTTPStatus
 from typing import Any
 
@@ -16,8 +17,9 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.app import build_app
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.entrypoints.launchers.cli_args import BaseFrontendArgs, make_arg_parser
 from vllm.entrypoints.serve.utils import request_logger
+from vllm.tool_parsers import ToolParserManager
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from services.gateway.engine_client import MeshEngineClient
@@ -28,11 +30,24 @@ from tokenmesh.context import REQUEST_ID, TRACEPARENT, WorkContext, bind
 
 log = structlog.get_logger()
 
+_READ = {field.name for field in fields(BaseFrontendArgs)} | {
+    "allow_credentials",
+    "allowed_headers",
+    "allowed_methods",
+    "allowed_origins",
+    "disable_fastapi_docs",
+    "disable_log_stats",
+    "enable_offline_docs",
+    "enable_request_id_headers",
+    "middleware",
+    "root_path",
+}
+"""Arguments that vLLM's application reads. Others are its launcher's, which is not used here: TLS, keys, sockets."""
 _OPEN_PATHS = ("/health", "/ping", "/metrics", "/version")
 
 
 def server_args(mesh: MeshConfig, model_path: str) -> Namespace:
-    """vLLM's server arguments. Raises ConfigError for an unknown one."""
+    """vLLM's server arguments. Raises ConfigError for one that would be ignored."""
     config = mesh.gateway
     args: Namespace = make_arg_parser(FlexibleArgumentParser()).parse_args([])
     values: dict[str, Any] = {
@@ -47,11 +62,12 @@ def server_args(mesh: MeshConfig, model_path: str) -> Namespace:
         "disable_uvicorn_access_log": True,
         "enable_log_requests": mesh.log.prompts,
     }
-    values.update(config.server_args)
-    for name, value in values.items():
-        if not hasattr(args, name):
-            raise ConfigError(f"gateway.server_args.{name} is no argument of vLLM's server")
-        setattr(args, name, value)
+    for name in config.server_args.keys() - _READ:
+        known = "is not read by the gateway" if hasattr(args, name) else "is no argument of vLLM's server"
+        raise ConfigError(f"gateway.server_args.{name} {known}")
+    vars(args).update(values | config.server_args)
+    if args.tool_parser_plugin:
+        ToolParserManager.import_tool_parser(args.tool_parser_plugin)
     if config.reasoning_parser is not None:
         args.structured_outputs_config.reasoning_parser = config.reasoning_parser
     return args

@@ -9,7 +9,7 @@ import pytest
 import torch
 from structlog.testing import capture_logs
 
-from tokenmesh.config import MeshConfig
+from tokenmesh.config import ConfigError, MeshConfig
 from tokenmesh.engine import host
 from tokenmesh.engine.host import CPU_PREFILL_SEQS, CPU_STEP_TOKENS, STEP_SEQS, engine_args, warn_of_slow_dtype
 
@@ -48,3 +48,13 @@ def test_a_dtype_that_the_cpu_lacks_is_warned_of(
     with capture_logs() as logs:
         warn_of_slow_dtype(config)
     assert [entry["log_level"] for entry in logs] == ["warning"] * warned
+
+
+def test_what_the_mesh_sets_itself_is_not_ignored_where_an_operator_sets_it() -> None:
+    # (1) Of what would be overwritten, the name.
+    mesh = MeshConfig(decode_service={"engine_args": {"scheduler_cls": "mine", "seed": 7, "tensor_parallel_size": 2}})
+    with pytest.raises(ConfigError, match=r"engine_args\.scheduler_cls is set by the mesh"):
+        engine_args(mesh, mesh.decode_service, "model", scheduler_cls="ours")
+    # (2) What nobody else sets is taken; the gateway, which has no engine, says how many shards it has.
+    args = engine_args(mesh, mesh.decode_service, "model", tensor_parallel_size=1)
+    assert (args.scheduler_cls, args.seed, args.tensor_parallel_size) == ("mine", 7, 1)

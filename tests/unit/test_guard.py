@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -13,7 +15,7 @@ from vllm.entrypoints.launchers.app import build_app
 from services.gateway.inference import InferenceServicer
 from services.gateway.rest import Guard, answer_http_errors, server_args
 from tests.refusals import refused
-from tokenmesh.config import GatewayConfig, MeshConfig
+from tokenmesh.config import ConfigError, GatewayConfig, MeshConfig
 from tokenmesh.context import REQUEST_ID
 from tokenmesh.rpc.errors import MeshError, Reason
 from tokenmesh.v1 import inference_pb2
@@ -100,6 +102,32 @@ async def test_errors_of_the_framework_have_openais_shape(method: str, path: str
     # (2) What never reaches a handler of vLLM's is answered in the same shape.
     refused(response, status)
     assert response.headers.get("allow") == ("POST" if status == 405 else None)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("ssl_certfile", "is not read by the gateway"),
+        ("reasoning_parser", "is not read by the gateway"),
+        ("api_key", "is not read by the gateway"),
+        ("max_model_len", "is not read by the gateway"),
+        ("allowed_orgins", "is no argument of vLLM's server"),
+    ],
+)
+def test_an_argument_that_would_be_ignored_is_refused(name: str, why: str) -> None:
+    with pytest.raises(ConfigError, match=rf"gateway\.server_args\.{name} {why}"):
+        server_args(MeshConfig(gateway={"server_args": {name: "x"}}), "unused")
+
+
+def test_arguments_of_vllms_application_are_taken(tmp_path: Path) -> None:
+    # (1) They win over the gateway's own.
+    plugin = tmp_path / "mine.py"
+    plugin.write_text("import sys\nsys.modules['a_tool_parser_was_read'] = sys\n")
+    own = {"allowed_origins": ["https://a"], "chat_template": "t", "tool_parser_plugin": str(plugin)}
+    args = server_args(MeshConfig(gateway={"server_args": own}), "m")
+    assert (args.allowed_origins, args.chat_template, args.model) == (["https://a"], "t", "m")
+    # (2) A plugin is read, as vLLM's launcher would.
+    assert sys.modules.pop("a_tool_parser_was_read") is sys
 
 
 async def test_guard_without_keys_lets_all_in() -> None:

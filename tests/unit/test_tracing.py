@@ -339,6 +339,7 @@ def test_a_cancelled_peer_is_nobodys_fault(receiver: Receiver) -> None:
         ("auto", {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4317"}, True),
         ("auto", {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://c:4317"}, True),
         ("auto", {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4317", "OTEL_TRACES_EXPORTER": "none"}, False),
+        ("auto", {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4317", "OTEL_TRACES_EXPORTER": "console, otlp"}, True),
         ("on", {"OTEL_SDK_DISABLED": "true"}, False),
     ],
 )

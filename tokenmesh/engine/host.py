@@ -39,7 +39,10 @@ CPU_PREFILL_SEQS = 1
 
 
 def engine_args(mesh: MeshConfig, section: EngineConfig, model_path: str, **extra: Any) -> AsyncEngineArgs:
-    """vLLM's arguments for an engine of this mesh. `extra` wins over everything."""
+    """vLLM's arguments for an engine of this mesh. `extra` wins over everything.
+
+    Raises ConfigError for `engine_args` that the mesh sets itself.
+    """
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
 
@@ -70,6 +73,10 @@ def engine_args(mesh: MeshConfig, section: EngineConfig, model_path: str, **extr
     if isinstance(section, DecodeConfig) and mesh.gateway.reasoning_parser is not None:
         # The root constrains a structured answer once thinking has ended, and must know its end.
         values["reasoning_parser"] = mesh.gateway.reasoning_parser
+    # Those left out are joined with what is configured, or mean the same on both sides.
+    for name in section.engine_args.keys() & extra.keys() - {"additional_config", "attention_config"}:
+        if name != "tensor_parallel_size":
+            raise ConfigError(f"engine_args.{name} is set by the mesh, and would be ignored")
     values.update(section.engine_args)
     values.update(extra)
     return AsyncEngineArgs(**{k: v for k, v in values.items() if v is not None})

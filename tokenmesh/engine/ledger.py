@@ -139,8 +139,7 @@ class Ledger:
                     has_room=now_blocks - shared <= room,
                 )
             )
-        name = getattr(request, "external_req_id", None) or request.request_id
-        return self.ranks[place(views, length, self._policy, name)]
+        return self.ranks[place(views, length, self._policy, request.request_id)]
 
     def get_computed_blocks(self, request: Request) -> tuple[KVCacheBlocks, int, int]:
         """Places a request that holds nothing, then asks its rank's cache."""

@@ -172,5 +172,5 @@ def packing(vllm_config: VllmConfig) -> str:
 
 def _mover_environment() -> dict[str, str]:
     # The worker's OpenMP settings pin threads to its cores; the mover must stay clear of them.
-    dropped = ("OMP_", "KMP_", "LD_PRELOAD")
+    dropped = ("OMP_", "GOMP_", "KMP_", "LD_PRELOAD")
     return {k: v for k, v in os.environ.items() if not k.startswith(dropped)}

@@ -37,11 +37,10 @@ class HttpServer:
                 app, log_config=None, access_log=False, timeout_graceful_shutdown=int(grace), lifespan=lifespan
             )
         )
-        # Signals are the service's: uvicorn must not end the process on its own.
-        self._server.install_signal_handlers = lambda: None  # type: ignore[attr-defined, method-assign]
         self._serving: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> HttpServer:
+        # Not `serve`, which takes the process's signals: those are the service's.
         self._serving = asyncio.create_task(self._server._serve([self._listener]))
         return self
 

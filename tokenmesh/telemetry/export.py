@@ -33,7 +33,8 @@ def wanted(config: TelemetryConfig) -> bool:
 
 
 def _collector_named() -> bool:
-    return any(os.environ.get(name) for name in _ENDPOINTS) and os.environ.get("OTEL_TRACES_EXPORTER", "otlp") == "otlp"
+    exporters = os.environ.get("OTEL_TRACES_EXPORTER", "otlp").split(",")
+    return any(os.environ.get(name) for name in _ENDPOINTS) and "otlp" in (name.strip() for name in exporters)
 
 
 @contextmanager
@@ -78,8 +79,10 @@ def _gateway_exporter(mesh: MeshConfig) -> SpanExporter:
 
 
 def _otlp_exporter() -> SpanExporter:
-    """The standard exporter for the standard protocol variable."""
+    """The standard exporter for the standard protocol variable; for one that is unknown gRPC's, and a warning."""
     protocol = os.environ.get("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL") or os.environ.get("OTEL_EXPORTER_OTLP_PROTOCOL")
+    if protocol not in (None, "", "grpc", "http/protobuf"):
+        log.warning("unknown OTLP protocol; grpc is used", protocol=protocol)
     if protocol == "http/protobuf":
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter as HttpExporter
 
