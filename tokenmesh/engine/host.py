@@ -74,9 +74,12 @@ def engine_args(mesh: MeshConfig, section: EngineConfig, model_path: str, **extr
         # The root constrains a structured answer once thinking has ended, and must know its end.
         values["reasoning_parser"] = mesh.gateway.reasoning_parser
     # Those left out are joined with what is configured, or mean the same on both sides.
-    for name in section.engine_args.keys() & extra.keys() - {"additional_config", "attention_config"}:
-        if name != "tensor_parallel_size":
-            raise ConfigError(f"engine_args.{name} is set by the mesh, and would be ignored")
+    for name in section.engine_args.keys() & extra.keys() - {
+        "additional_config",
+        "attention_config",
+        "tensor_parallel_size",
+    }:
+        raise ConfigError(f"engine_args.{name} is set by the mesh, and would be ignored")
     values.update(section.engine_args)
     values.update(extra)
     return AsyncEngineArgs(**{k: v for k, v in values.items() if v is not None})
