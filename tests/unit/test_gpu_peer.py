@@ -71,7 +71,10 @@ class FakeRank:
                 loop.sleep(0.02)
             if self.go.is_set():
                 break
-            pair.finish(request)
+            try:
+                pair.finish(request)
+            except PeerLostError:  # The root has let it go.
+                break
             self.steps.append(DeviceStep.from_bytes(head.numpy().tobytes()))
             if not self.mute.is_set():
                 pair.send(torch.zeros(ANSWER_BYTES, dtype=torch.uint8))
@@ -200,3 +203,42 @@ def test_a_rank_that_nccl_does_not_find_is_let_go(watch: PeerWatch, monkeypatch:
         watch.connect(1, 7, ("127.0.0.1", rank.port), rank.token)
     assert not watch.peers
     rank.end()
+
+
+def test_a_rank_that_dies_before_nccl_has_found_it_is_let_go(watch: PeerWatch, monkeypatch: pytest.MonkeyPatch) -> None:
+    # (1) NCCL waits for a rank that answered, and has gone since.
+    came, made = threading.Event(), []
+
+    def find(*_: Any) -> FakePair:
+        assert came.wait(10)
+        made.append(FakePair())
+        return made[0]
+
+    monkeypatch.setattr(peers, "NcclPair", find)
+    rank = FakeRank()
+    threading.Timer(0.2, rank.end).start()
+    started = time.monotonic()
+    with pytest.raises(PeerLostError):
+        watch.connect(1, 7, ("127.0.0.1", rank.port), rank.token)
+    assert time.monotonic() - started < 5
+    assert not watch.peers
+    # (2) What it makes all the same is not kept.
+    came.set()
+    assert soon(lambda: bool(made) and made[0].closed)
+
+
+def test_a_rank_that_nccl_does_not_find_in_time_is_let_go(watch: PeerWatch, monkeypatch: pytest.MonkeyPatch) -> None:
+    never = threading.Event()
+
+    def find(*_: Any) -> FakePair:
+        never.wait(5)
+        return FakePair()
+
+    monkeypatch.setattr(peers, "NcclPair", find)
+    monkeypatch.setattr(peers, "MEET_S", 0.3)
+    rank = FakeRank()
+    with pytest.raises(PeerLostError, match="within"):
+        watch.connect(1, 7, ("127.0.0.1", rank.port), rank.token)
+    assert not watch.peers
+    rank.end()
+    never.set()

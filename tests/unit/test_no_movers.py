@@ -132,6 +132,19 @@ def test_a_root_with_ranks_on_its_gpu() -> None:
     assert root_part(config, kv_config(300)).num_blocks == 101
 
 
+@pytest.mark.usefixtures("gpu")
+def test_what_is_said_of_attention_reaches_engines_with_ranks() -> None:
+    # 1. All of it, with the backend that ranks know.
+    given: dict[str, Any] = {"attention_config": {"flash_attn_version": 3}}
+    section = DecodeConfig(kv_transfer=NONE, token_parallel_size=2, group=LOCAL, engine_args=given)
+    assert token_parallel_args(section)["attention_config"] == {"flash_attn_version": 3, "backend": "FLASH_ATTN"}
+    # 2. Another one is not passed over in silence.
+    given = {"attention_config": {"backend": "FLASHINFER"}}
+    section = DecodeConfig(kv_transfer=NONE, token_parallel_size=2, group=LOCAL, engine_args=given)
+    with pytest.raises(ConfigError, match="FLASH_ATTN, not FLASHINFER"):
+        token_parallel_args(section)
+
+
 def test_on_cpus_ranks_have_tensors_of_their_own() -> None:
     assert ranks_on_device(DecodeConfig()) == 1
     check_platform(DecodeConfig())

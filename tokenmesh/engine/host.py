@@ -277,7 +277,7 @@ def token_parallel_args(section: DecodeConfig) -> dict[str, Any]:
         values = {
             "worker_cls": "tokenmesh.engine.gpu.worker.TokenParallelGpuWorker",
             "scheduler_cls": "tokenmesh.engine.scheduler.AsyncTokenParallelScheduler",
-            "attention_config": {"backend": "FLASH_ATTN"},
+            "attention_config": flash_attention(section),
         }
     if group.kv_blocks is not None:
         # One more: vLLM sets its first block aside.
@@ -285,6 +285,14 @@ def token_parallel_args(section: DecodeConfig) -> dict[str, Any]:
         blocks = split_blocks(group.kv_blocks, section.token_parallel_size, group.root_share)
         values["num_gpu_blocks_override"] = (group.kv_blocks if here else blocks[0]) + 1
     return values
+
+
+def flash_attention(section: EngineConfig) -> dict[str, Any]:
+    """vLLM's attention_config as configured, for ranks on GPUs. Raises ConfigError for another backend."""
+    config = dict(section.engine_args.get("attention_config", {}))
+    if config.setdefault("backend", "FLASH_ATTN") != "FLASH_ATTN":
+        raise ConfigError(f"engine_args.attention_config: ranks on GPUs know FLASH_ATTN, not {config['backend']}")
+    return config
 
 
 def compiled_apart(section: EngineConfig) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterable
+from concurrent.futures import Future, wait
 
 import structlog
 import torch
@@ -25,6 +26,8 @@ log = structlog.get_logger()
 ANSWER_BYTES = 8
 """Of a rank's host: it has taken the last message."""
 CONNECT_S = 10.0
+MEET_S = 60.0
+"""For NCCL to connect two GPUs, the first time kernels and libraries are loaded."""
 WATCH_S = 0.01
 """Between two looks at the control connections."""
 
@@ -49,12 +52,19 @@ class GpuPeer:
         self.lost = ""
         """Why the rank is of no more use."""
 
-    def meet(self, device: torch.device) -> None:
-        """Makes the pair; takes seconds, and no lock. Raises PeerLostError.
+    def meet(self, device: torch.device) -> Future[NcclPair]:
+        """Begins to make the pair, in a thread: NCCL has no deadline, and waits for ever for a rank that has died."""
+        meeting: Future[NcclPair] = Future()
 
-        A rank that has answered the control connection comes at once; NCCL would wait for one that does not.
-        """
-        self.pair = NcclPair(self._unique_id, True, device)
+        def make() -> None:
+            try:
+                torch.cuda.set_device(device)
+                meeting.set_result(NcclPair(self._unique_id, True, device))
+            except (PeerLostError, RuntimeError) as error:
+                meeting.set_exception(error)
+
+        threading.Thread(target=make, name="nccl-meet", daemon=True).start()
+        return meeting
 
     def announce(self, rows: int, tokens: int, max_query_len: int, max_seq_len: int, width: int, graph: bool) -> None:
         """Tells the rank's host of a step, by DeviceStep's arguments. Raises PeerLostError."""
@@ -105,7 +115,7 @@ class PeerWatch:
         self._thread.start()
 
     def connect(self, rank: int, epoch: int, address: tuple[str, int], token: bytes) -> str:
-        """Meets a rank; returns what carries its control messages. Raises PeerLostError."""
+        """Meets a rank; returns what carries its control messages. Raises PeerLostError, soon if the rank dies."""
         with self.lock:
             control = self._loop.connect(*address, token, CONNECT_S)
             try:
@@ -113,15 +123,27 @@ class PeerWatch:
             except PeerLostError:
                 control.close()
                 raise
+        # Takes seconds, and no lock: others are watched meanwhile.
+        meeting = peer.meet(self._device)
         try:
-            peer.meet(self._device)
+            peer.pair = self._met(peer, meeting)
         except PeerLostError:
+            meeting.add_done_callback(_close)
             with self.lock:
                 peer.close()
             raise
         with self.lock:
             self.peers[rank] = peer
             return control.transport
+
+    def _met(self, peer: GpuPeer, meeting: Future[NcclPair]) -> NcclPair:
+        deadline = time.monotonic() + MEET_S
+        while not wait([meeting], WATCH_S).done:
+            with self.lock:
+                reason = peer.look(self._deadline_s)
+            if reason or time.monotonic() > deadline:
+                raise PeerLostError(reason or f"no NCCL pair within {MEET_S:g} s")
+        return meeting.result()
 
     @property
     def stale(self) -> bool:
@@ -219,3 +241,9 @@ class PeerWatch:
         self.bury(self.peers.values())
         self.peers.clear()
         self._loop.close()
+
+
+def _close(meeting: Future[NcclPair]) -> None:
+    """Of a pair that was given up before it was made."""
+    if meeting.exception() is None:
+        meeting.result().close()
