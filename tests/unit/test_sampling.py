@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
-from vllm.logprobs import FlatLogprobs, Logprob
+from vllm.logprobs import FlatLogprobs, Logprob, append_logprobs_for_next_position
+from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import (
     RepetitionDetectionParams,
     RequestOutputKind,
@@ -277,6 +278,41 @@ def test_a_slice_of_a_longer_answer_starts_at_its_own_beginning() -> None:
     # 1. A delta holds the last position of three only.
     message = logprobs_to_proto(flat(row(7, 3), row(8, 4), row(9, 5))[-1:])
     assert (list(message.width), list(message.token_ids), list(message.ranks)) == ([3], [9, 1, 2], [5, 1, 2])
+
+
+def step(chosen: int, rank: int, likeliest: list[int]) -> RequestOutput:
+    """An engine's output of one token, with log-probabilities as vLLM's output processor notes them."""
+    found: FlatLogprobs = FlatLogprobs()
+    ids = [chosen, *likeliest]
+    append_logprobs_for_next_position(found, ids, [-float(i) for i in ids], [""] * len(ids), rank, len(likeliest))
+    completion = CompletionOutput(0, "", [chosen], None, found)
+    return RequestOutput("r", None, [1], None, [completion], finished=False)
+
+
+def test_positions_that_were_joined_for_a_reader_who_lags_are_as_wide_as_others() -> None:
+    # 1. Tokens within and beyond the two likeliest, as messages of one each and joined into one.
+    steps = [(9, 7, [1, 2]), (1, 1, [1, 2]), (2, 2, [1, 2]), (8, 4, [1, 2]), (3, 1, [3, 5])]
+    joined, *others = [step(*one) for one in steps]
+    for other in others:
+        joined.add(other, aggregate=True)
+    assert isinstance(joined.outputs[0].logprobs, FlatLogprobs)
+    message = logprobs_to_proto(joined.outputs[0].logprobs)
+    alone = [logprobs_to_proto(step(*one).outputs[0].logprobs) for one in steps]
+    # 2. The same, position by position.
+    assert list(message.width) == [3] * 5
+    assert list(message.token_ids) == [token for one in alone for token in one.token_ids]
+    assert list(message.logprobs) == [value for one in alone for value in one.logprobs]
+    # 3. The gateway gets five rows.
+    assert _logprobs(message).logprob_token_ids.tolist() == [[chosen, *likeliest] for chosen, _, likeliest in steps]
+
+
+def test_a_joined_position_of_the_chosen_token_alone() -> None:
+    # 1. logprobs: 0, and 1 where the likeliest is chosen.
+    for likeliest in ([], [4]):
+        joined = step(4, 1, likeliest)
+        joined.add(step(4, 1, likeliest), aggregate=True)
+        rows = _logprobs(logprobs_to_proto(joined.outputs[0].logprobs)).logprob_token_ids.tolist()
+        assert rows == [[4, *likeliest]] * 2
 
 
 def test_the_gateway_gets_a_samples_arrays_back() -> None:

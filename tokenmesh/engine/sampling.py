@@ -156,11 +156,20 @@ def tokens_only(params: SamplingParams) -> SamplingParams:
 
 
 def logprobs_to_proto(flat: FlatLogprobs) -> sampling_pb2.Logprobs:
-    """Positions of vLLM's flat log-probabilities, in order, the chosen token of each first."""
+    """Positions of vLLM's flat log-probabilities, in order, the chosen token of each first.
+
+    One that is also among the likeliest is there twice, so that all positions have the same width.
+    """
     message = sampling_pb2.Logprobs()
-    for start, end in zip(flat.start_indices, flat.end_indices, strict=True):
-        message.width.append(end - start)
-        message.token_ids.extend(flat.token_ids[start:end])
-        message.logprobs.extend(flat.logprobs[start:end])
-        message.ranks.extend(rank or 0 for rank in flat.ranks[start:end])
+    spans = list(zip(flat.start_indices, flat.end_indices, strict=True))
+    width = max((end - start for start, end in spans), default=0)
+    for start, end in spans:
+        row, rank = list(range(start, end)), flat.ranks[start] if end > start else None
+        if rank is not None and len(row) == width - 1:
+            # Outputs that vLLM has joined, for a reader who lags behind, name such a token once.
+            row.insert(rank, start)
+        message.width.append(len(row))
+        message.token_ids.extend(flat.token_ids[i] for i in row)
+        message.logprobs.extend(flat.logprobs[i] for i in row)
+        message.ranks.extend(flat.ranks[i] or 0 for i in row)
     return message
