@@ -118,6 +118,7 @@ def test_every_shard_of_the_root_has_a_shard_of_the_worker(small: Small, tmp_pat
     # (1) Three shards at the root, one for each KV head, and a worker that learns from it that it needs three. On two
     # cores they mostly wait for each other, so there are few prompts.
     some = slice(1, 7, 2)
+
     async def on_ranks() -> tuple[list[list[int]], int, list[float]]:
         config = mesh_of(small.model, SIZES["num_key_value_heads"], "ucx")
         async with engine_group(config, tmp_path / "group") as group:

@@ -13,7 +13,7 @@ import pytest
 
 from services.decode.worker import service
 from services.decode.worker.service import WorkerServicer
-from tokenmesh.config import DecodeWorkerConfig
+from tokenmesh.config import ConfigError, DecodeWorkerConfig
 from tokenmesh.kv.geometry import BlockGeometry
 from tokenmesh.kv.messages import (
     NOT_OPEN,
@@ -253,6 +253,7 @@ async def test_more_than_there_is(worker: Worker) -> None:
         {"decode_root_id": ""},
         {"rank": 0},
         {"shards": 0},
+        {"shards": 65},
         {"attention_heads": 0},
         {"attention_max_seqs": 0},
         {"attention_max_tokens": 0},
@@ -281,6 +282,28 @@ async def test_a_shard_that_has_no_kernel(worker: Worker) -> None:
     worker.shards.open_error = "this machine has no kernel for it"
     error = await refused(worker.attach(), "INVALID_ARGUMENT", Reason.UNSUPPORTED_ATTENTION)
     assert "no kernel" in error.message
+    await worker.nothing_is_left()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "reason"),
+    [
+        (ConfigError("names no cores for shard 1"), "INVALID_ARGUMENT", Reason.BAD_REQUEST),
+        (TimeoutError(), "UNAVAILABLE", Reason.KV_OWNER_UNREACHABLE),
+        (OSError("no memory"), "UNAVAILABLE", Reason.KV_OWNER_UNREACHABLE),
+    ],
+)
+async def test_shards_that_do_not_start(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch, error: Exception, code: str, reason: Reason
+) -> None:
+    async def fail(_count: int) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(worker.shards, "ensure", fail)
+        await refused(worker.attach(), code, reason)
+    # The worker is as free as before.
+    await worker.attach()
     await worker.nothing_is_left()
 
 

@@ -51,15 +51,18 @@ class ShardProcesses:
         return False
 
     async def ensure(self, count: int) -> None:
-        """Makes it `count` shards, all up. Raises TimeoutError, ConfigError for cores that are not given for all."""
+        """Makes it `count` shards, all up.
+
+        Raises TimeoutError, OSError, and ConfigError for cores that are not given for all; then as many run as before.
+        """
         if any(process.poll() is not None for process in self._processes):
             log.error("a shard has ended by itself")
             await self.stop()
         if count < len(self._processes):
             await self.stop()
-        for shard in range(len(self._processes), count):
-            self._up[shard] = asyncio.Event()
-            self._processes.append(self._start(shard, count))
+        for args in [self._args(shard, count) for shard in range(len(self._processes), count)]:
+            self._processes.append(self._start(args))
+            self._up[args.shard] = asyncio.Event()
         waits = [event.wait() for event in self._up.values()]
         await asyncio.wait_for(asyncio.gather(*waits), START_TIMEOUT_S)
 
@@ -69,10 +72,10 @@ class ShardProcesses:
         await self.stop()
         await self.ensure(count)
 
-    def _start(self, shard: int, count: int) -> subprocess.Popen[bytes]:
+    def _args(self, shard: int, count: int) -> ShardArgs:
         config, transfer = self._config, self._config.kv_transfer
         number = self._replica * count + shard
-        args = ShardArgs(
+        return ShardArgs(
             shard=shard,
             hub=self.hub.address,
             cores=_cores(config.cpu_omp_threads_bind, shard),
@@ -88,6 +91,8 @@ class ShardProcesses:
             chunk_bytes=transfer.chunk(self._device),
             window=transfer.window,
         )
+
+    def _start(self, args: ShardArgs) -> subprocess.Popen[bytes]:
         # Its standard input is our lifeline: when this process ends, however it ends, the pipe closes.
         command = [sys.executable, "-m", "services.decode.worker.shard", msgspec.json.encode(args).decode()]
         return subprocess.Popen(command, stdin=subprocess.PIPE)

@@ -15,7 +15,7 @@ import msgspec
 import structlog
 
 from services.decode.worker.processes import ShardProcesses
-from tokenmesh.config import DecodeWorkerConfig
+from tokenmesh.config import ConfigError, DecodeWorkerConfig
 from tokenmesh.kv.codecs import codec_name
 from tokenmesh.kv.geometry import BlockGeometry, GeometryMismatchError
 from tokenmesh.kv.messages import (
@@ -46,6 +46,8 @@ from tokenmesh.v1 import kv_pb2, worker_pb2, worker_pb2_grpc
 
 log = structlog.get_logger()
 
+MAX_SHARDS = 64
+"""More than one model is cut into; each is a process."""
 OPEN_TIMEOUT_S = 30.0
 """For allocating the partition and starting its movers."""
 CLOSE_TIMEOUT_S = 10.0
@@ -154,7 +156,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
                 )
             if self.attached is not None:
                 await self._close_locked("attached again")
-            await self.shards.ensure(request.shards)
+            await self._ensure(request.shards)
             per_shard = self._config.kv_cache_memory_bytes // (geometry.block_bytes * geometry.layers)
             blocks = request.blocks or per_shard
             if not 0 < blocks <= per_shard:
@@ -164,6 +166,14 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
                     f"{blocks} blocks wanted, {per_shard} fit into kv_cache_memory_bytes",
                 )
             return await self._open(request, spec, geometry, blocks)
+
+    async def _ensure(self, shards: int) -> None:
+        try:
+            await self.shards.ensure(shards)
+        except ConfigError as error:
+            raise invalid(Reason.BAD_REQUEST, str(error), param="shards") from error
+        except (TimeoutError, OSError) as error:
+            raise unavailable(Reason.KV_OWNER_UNREACHABLE, "a shard does not start") from error
 
     async def _open(
         self, request: worker_pb2.AttachRequest, spec: RankSpec, geometry: BlockGeometry, blocks: int
@@ -334,8 +344,8 @@ def _spec(request: worker_pb2.AttachRequest) -> tuple[RankSpec, BlockGeometry]:
     problem = ""
     if not request.decode_root_id:
         problem = "decode_root_id is empty"
-    elif not request.rank or not request.shards:
-        problem = "rank and shards count from 1"
+    elif not request.rank or not 0 < request.shards <= MAX_SHARDS:
+        problem = f"rank and shards count from 1, and there are at most {MAX_SHARDS} shards"
     elif not all(sizes) or not attention.max_blocks:
         problem = "a size is 0"
     elif len(attention.layers) != geometry.layers:
