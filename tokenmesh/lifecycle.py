@@ -109,6 +109,22 @@ class RequestTable:
         if self.draining:
             raise unavailable(Reason.DRAINING, "the service is shutting down")
 
+    def check_room(self, count: int = 1) -> None:
+        """Raises MeshError if that many more requests would be refused: as `admit`, but for ids and owners."""
+        self._check_lets_in()
+        self._check_limit(count)
+
+    def _check_lets_in(self) -> None:
+        self.check_open()
+        if self.paused:
+            raise unavailable(Reason.DRAINING, "the prefix cache is being emptied")
+
+    def _check_limit(self, count: int) -> None:
+        if len(self._live) + count > self._limit:
+            raise MeshError(
+                grpc.StatusCode.RESOURCE_EXHAUSTED, Reason.QUEUE_FULL, f"{self._limit} requests are already accepted"
+            )
+
     @contextmanager
     def admit(self, request: LiveRequest) -> Iterator[LiveRequest]:
         """Keeps a request for the length of the block; whatever ends the block ends the request.
@@ -116,19 +132,14 @@ class RequestTable:
         Raises MeshError: UNAVAILABLE (DRAINING), ALREADY_EXISTS (DUPLICATE_REQUEST), RESOURCE_EXHAUSTED (QUEUE_FULL,
         NO_CREDIT).
         """
-        self.check_open()
-        if self.paused:
-            raise unavailable(Reason.DRAINING, "the prefix cache is being emptied")
+        self._check_lets_in()
         if request.request_id in self._live:
             raise MeshError(
                 grpc.StatusCode.ALREADY_EXISTS,
                 Reason.DUPLICATE_REQUEST,
                 f"request {request.request_id} is already running",
             )
-        if len(self._live) >= self._limit:
-            raise MeshError(
-                grpc.StatusCode.RESOURCE_EXHAUSTED, Reason.QUEUE_FULL, f"{self._limit} requests are already accepted"
-            )
+        self._check_limit(1)
         if self._limit_per_owner is not None and self._owners[request.owner] >= self._limit_per_owner:
             raise MeshError(
                 grpc.StatusCode.RESOURCE_EXHAUSTED,

@@ -58,6 +58,7 @@ class MeshEngineClient(AsyncLLM):
             self.renderer.tokenizer, log_stats=True, stream_interval=vllm_config.scheduler_config.stream_interval
         )
         self._router = router
+        self._requests = requests
         self.engine_core = MeshCore(config, model_name, pulse, router, requests, self._refused)
         self.logger_manager = StatLoggerManager(
             vllm_config=vllm_config, engine_idxs=[0], custom_stat_loggers=[], enable_default_loggers=False
@@ -101,13 +102,17 @@ class MeshEngineClient(AsyncLLM):
         return True
 
     def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
-        """Refuses before a stream has begun. Raises GracefulHTTPError 503."""
+        """Refuses before a stream has begun. Raises GracefulHTTPError 503, or 429 for more than fit."""
+        try:
+            self._requests.check_room(n)
+        except MeshError as error:
+            raise GracefulHTTPError(error.message, _HTTP[error.code]) from error
         if not self._router.entry.usable():
             raise GracefulHTTPError(f"no {self._router.entry.kind} is available", HTTPStatus.SERVICE_UNAVAILABLE)
 
     async def check_health(self) -> None:
         """Raises EngineDeadError, which /health turns into 503, while no request could be served."""
-        if not self._router.entry.usable():
+        if self._requests.draining or not self._router.entry.usable():
             raise EngineDeadError()
 
     async def is_tracing_enabled(self) -> bool:

@@ -136,6 +136,7 @@ class MeshCore:
     async def _follow(self, request: EngineCoreRequest) -> None:
         """Runs a sequence on one root; if that root refuses it before the first token, on another."""
         queued = time.monotonic()
+        deadline = queued + self._config.request_timeout_s
         live = LiveRequest(request.request_id, prompt_tokens=len(request.prompt_token_ids or ()))
         tried: set[str] = set()
         refusal: MeshError | None = None
@@ -152,7 +153,7 @@ class MeshCore:
                             tried.add(route.entry.address)
                             span.routed(route, len(tried), begun)
                             serve = self._prefill_only if self._config.mode == "prefill" else self._decode
-                            async for output in serve(request, route, span):
+                            async for output in serve(request, route, span, deadline):
                                 if live.state is RequestState.ACCEPTED:
                                     route.prompt_done()
                                     live.enter(RequestState.RUNNING)
@@ -183,7 +184,7 @@ class MeshCore:
             self._fail(request.request_id, MeshError(grpc.StatusCode.INTERNAL, Reason.INTERNAL, "internal error"))
 
     async def _decode(
-        self, request: EngineCoreRequest, route: Route, span: SequenceSpan
+        self, request: EngineCoreRequest, route: Route, span: SequenceSpan, deadline: float
     ) -> AsyncIterator[EngineCoreOutput]:
         params = request.sampling_params
         assert params is not None
@@ -204,7 +205,7 @@ class MeshCore:
         stub = decode_pb2_grpc.DecodeServiceStub(route.entry.channel)
         with start_call("tokenmesh.v1.DecodeService/Generate", route.entry.address) as called:
             metadata = called.work.to_metadata() if called.work is not None else []
-            call = stub.Generate(message, timeout=self._config.request_timeout_s, metadata=metadata)
+            call = stub.Generate(message, timeout=_left(deadline), metadata=metadata)
             try:
                 async for response in call:
                     span.received(response)
@@ -213,7 +214,7 @@ class MeshCore:
                 call.cancel()
 
     async def _prefill_only(
-        self, request: EngineCoreRequest, route: Route, span: SequenceSpan
+        self, request: EngineCoreRequest, route: Route, span: SequenceSpan, deadline: float
     ) -> AsyncIterator[EngineCoreOutput]:
         """Mode `prefill`: the prompt enters a prefill service's cache; its first token is the whole answer."""
         _check_text_only(request)
@@ -227,7 +228,7 @@ class MeshCore:
             )
         stub = prefill_pb2_grpc.PrefillServiceStub(route.entry.channel)
         with calling("tokenmesh.v1.PrefillService/Prefill", route.entry.address) as metadata:
-            reply = await stub.Prefill(message, timeout=self._config.request_timeout_s, metadata=metadata)
+            reply = await stub.Prefill(message, timeout=_left(deadline), metadata=metadata)
         span.tokens(1)
         usage = sampling_pb2.Usage(prompt_tokens=len(request.prompt_token_ids or ()), cached_tokens=reply.cached_tokens)
         yield EngineCoreOutput(
@@ -236,6 +237,11 @@ class MeshCore:
             finish_reason=FinishReason.LENGTH,
             prefill_stats=_prefill_stats(usage),
         )
+
+
+def _left(deadline: float) -> float:
+    """Seconds; a call with none left ends at once."""
+    return max(0.0, deadline - time.monotonic())
 
 
 def _check_text_only(request: EngineCoreRequest) -> None:

@@ -17,6 +17,7 @@ from vllm.config import VllmConfig
 from vllm.exceptions import GracefulHTTPError
 from vllm.sampling_params import RequestOutputKind
 from vllm.usage.usage_lib import UsageContext
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from services.gateway.engine_client import MeshEngineClient
 from services.gateway.inference import InferenceServicer
@@ -45,6 +46,8 @@ class Root(decode_pb2_grpc.DecodeServiceServicer):
         self.requests: list[decode_pb2.GenerateRequest] = []
         self.endless: Iterable[int] = ()
         """Tokens before the last one."""
+        self.before = 0.0
+        """Seconds for which nothing is said."""
         self.serving = 0
         """Calls that have not ended."""
 
@@ -53,6 +56,7 @@ class Root(decode_pb2_grpc.DecodeServiceServicer):
 
     async def Generate(self, request: Any, context: Any) -> AsyncIterator[decode_pb2.GenerateResponse]:
         self.requests.append(request)
+        await asyncio.sleep(self.before)
         if self.refusal is not None:
             await abort(context, self.refusal)
         self.serving += 1
@@ -246,6 +250,43 @@ async def test_a_request_that_lives_too_long_is_ended_everywhere(vllm_config: Vl
                 await asyncio.sleep(0.01)
         assert not len(running.requests)
         assert not second.requests
+
+
+async def test_a_request_that_goes_from_root_to_root_lives_no_longer(vllm_config: VllmConfig) -> None:
+    # 1. The first root keeps it for a while before it refuses, the second one for as long as it may.
+    async with serving_root() as second, gateway(vllm_config, second, request_timeout_s=1.0) as running:
+        running.root.refusal = MeshError(grpc.StatusCode.UNAVAILABLE, Reason.DRAINING, "as told")
+        running.root.before = 0.7
+        second.before = 5.0
+        begun = time.monotonic()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await ask(running.channel, TOKENS)
+        # 2. Together they had what one would have had.
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert len(second.requests) == 1
+        assert time.monotonic() - begun < 1.5
+
+
+async def test_who_is_not_let_in_is_told_before_a_stream_begins(vllm_config: VllmConfig) -> None:
+    async with gateway(vllm_config) as running:
+        # 1. More choices than the gateway takes.
+        running.client.check_admission(10)
+        with pytest.raises(GracefulHTTPError) as told:
+            running.client.check_admission(11)
+        assert told.value.http_status == 429
+        await running.client.check_health()
+        # 2. A gateway that drains is not healthy: nobody should send it anything.
+        running.requests.draining = True
+        with pytest.raises(GracefulHTTPError) as told:
+            running.client.check_admission()
+        assert told.value.http_status == 503
+        with pytest.raises(EngineDeadError):
+            await running.client.check_health()
+        # 3. gRPC clients hear the reason.
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await ask(running.channel, TOKENS)
+        assert MeshError.from_rpc(caught.value).reason is Reason.DRAINING
+        assert not running.root.requests
 
 
 async def test_a_chat_goes_through_the_template_that_is_configured(vllm_config: VllmConfig) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any
 
 import grpc
 import pytest
@@ -102,6 +104,28 @@ async def test_nobody_gets_in_while_a_cache_is_emptied(cache: Cache, outcome: bo
     error = await asked
     assert (error and error.reason) == told
     assert cache.refusal() == ""
+
+
+async def test_nobody_gets_in_between_the_look_and_the_reset() -> None:
+    # 1. As soon as no request was seen, in the same turn of the loop.
+    seen: list[bool] = []
+
+    class Table(RequestTable):
+        def __len__(self) -> int:
+            asyncio.get_running_loop().call_soon(lambda: seen.append(self.paused))
+            return super().__len__()
+
+    async def reset() -> bool:
+        return True
+
+    server = RpcServer("127.0.0.1", free_ports(1)[0])
+    table = Table(10)
+    admin = AdminServicer(server, table, admin_pb2.GetStatusResponse, reset)
+    context: Any = SimpleNamespace(invocation_metadata=tuple)
+    await admin.ResetPrefixCache(admin_pb2.ResetPrefixCacheRequest(), context)
+    assert seen == [True]
+    # 2. Afterwards they may.
+    assert not table.paused
 
 
 async def test_nobody_gets_in_between_two_that_empty_a_cache(cache: Cache) -> None:

@@ -257,6 +257,9 @@ class CloseShard(msgspec.Struct, frozen=True, tag=True, gc=False):
 class ZeroShard(msgspec.Struct, frozen=True, tag=True, gc=False):
     """Overwrite the blocks with zeros, between steps. Answered by ShardZeroed."""
 
+    until: float
+    """By time.monotonic(), which one host's processes share: later, somebody may have blocks there."""
+
 
 # From a shard of a decode worker.
 

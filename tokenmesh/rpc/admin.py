@@ -83,17 +83,17 @@ class AdminServicer(admin_pb2_grpc.AdminServiceServicer):
         self._check(context)
         # One after the other: the end of the first would let requests in while the second is at work.
         async with self._resetting:
+            idle = not len(self._requests)
+            # In the same turn, so that none comes in between.
+            self._requests.paused = idle
             # A caller who gives up does not end it: workers may be at it already.
-            if len(self._requests) or not await to_the_end(self._reset_alone()):
+            if not idle or not await to_the_end(self._reset_alone()):
                 raise MeshError(grpc.StatusCode.FAILED_PRECONDITION, Reason.BUSY, "blocks are still in use")
         return admin_pb2.ResetPrefixCacheResponse()
 
     async def _reset_alone(self) -> bool:
         """Resets while no request is let in: one that came meanwhile would find its blocks overwritten."""
-        if self._reset is None:
-            return True
-        self._requests.paused = True
         try:
-            return await self._reset()
+            return self._reset is None or await self._reset()
         finally:
             self._requests.paused = False

@@ -203,9 +203,11 @@ class Group:
             reply = await rank.stub.Attach(request, timeout=ATTACH_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
             raise MeshError.from_rpc(error) from error
-        worker = WorkerOwner(rank.stub, rank.address, self._root_id, [shard.kv for shard in reply.shards])
+        shards = [shard.kv for shard in reply.shards]
+        worker = WorkerOwner(rank.stub, rank.address, self._root_id, shards, lambda: self.owns(owner))
         relayed = group.kv_route == "via_root"
-        rank.owner = RelayedOwner(self.engine, self.settling, worker) if relayed else worker
+        owner: KvOwner = RelayedOwner(self.engine, self.settling, worker) if relayed else worker
+        rank.owner = owner
         addresses = [(shard.exchange.host, shard.exchange.port) for shard in reply.shards]
         return JoinRank(rank.rank, self._epochs, addresses, reply.token, group.transport, group.timeout_s, reply.blocks)
 

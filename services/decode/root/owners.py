@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import grpc
@@ -15,6 +16,8 @@ from tokenmesh.rpc.calls import calling
 from tokenmesh.rpc.errors import MeshError, Reason, unavailable
 from tokenmesh.telemetry.tickets import TicketSpans
 from tokenmesh.v1 import kv_pb2, worker_pb2, worker_pb2_grpc
+
+RETRY_S = 0.2
 
 
 class KvOwner(Protocol):
@@ -63,8 +66,15 @@ class WorkerOwner:
     """A decode worker's movers."""
 
     def __init__(
-        self, stub: worker_pb2_grpc.WorkerServiceStub, address: str, root_id: str, shards: Sequence[kv_pb2.KvShard]
+        self,
+        stub: worker_pb2_grpc.WorkerServiceStub,
+        address: str,
+        root_id: str,
+        shards: Sequence[kv_pb2.KvShard],
+        attached: Callable[[], bool],
     ) -> None:
+        """`attached`: whether the worker still belongs to the group, as it did when this was made."""
+        self._attached = attached
         self._stub = stub
         self._address = address
         self._root_id = root_id
@@ -85,12 +95,18 @@ class WorkerOwner:
     async def settle(self, transfer_id: bytes) -> Outcome:
         """See `KvOwner`."""
         request = worker_pb2.SettleKvRequest(decode_root_id=self._root_id, transfer_id=transfer_id)
-        try:
-            with calling("tokenmesh.v1.WorkerService/SettleKv", self._address) as metadata:
-                reply = await self._stub.SettleKv(request, timeout=SETTLE_TIMEOUT_S + 1, metadata=metadata)
-        except grpc.aio.AioRpcError as error:
-            return Outcome(False, f"the rank does not answer: {MeshError.from_rpc(error).message}", kv_pb2.KvReceipt())
-        return Outcome(reply.complete, reply.error, reply.receipt)
+        # A ticket that is left open may be written under, so this asks until the rank answers or is given up.
+        while True:
+            try:
+                with calling("tokenmesh.v1.WorkerService/SettleKv", self._address) as metadata:
+                    reply = await self._stub.SettleKv(request, timeout=SETTLE_TIMEOUT_S + 1, metadata=metadata)
+                return Outcome(reply.complete, reply.error, reply.receipt)
+            except grpc.aio.AioRpcError as error:
+                again = error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+                if not again or not self._attached():
+                    why = f"the rank does not answer: {MeshError.from_rpc(error).message}"
+                    return Outcome(False, why, kv_pb2.KvReceipt())
+            await asyncio.sleep(RETRY_S)
 
 
 class RelayedOwner:

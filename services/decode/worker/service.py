@@ -290,7 +290,8 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         busy = bool(at.tickets)
         if not busy:
             try:
-                answers = await self._answers(ShardZeroed, ZeroShard(), self.shards.numbers, ZERO_TIMEOUT_S)
+                order = ZeroShard(time.monotonic() + ZERO_TIMEOUT_S)
+                answers = await self._answers(ShardZeroed, order, self.shards.numbers, ZERO_TIMEOUT_S)
                 busy = not all(answer.ok for answer in answers)
             except TimeoutError:
                 # A shard looks at its messages when it waits for the root's next one.
@@ -324,8 +325,10 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     ) -> worker_pb2.SettleKvResponse:
         """See worker.proto."""
         at = self._of(request.decode_root_id)
-        outcome = await self.settling.settle(self.shards.hub, self.shards.numbers, request.transfer_id)
-        at.tickets.discard(request.transfer_id)
+        try:
+            outcome = await self.settling.settle(self.shards.hub, self.shards.numbers, request.transfer_id)
+        finally:
+            at.tickets.discard(request.transfer_id)
         self._spans.close(request.transfer_id, outcome)
         at.received_bytes += outcome.receipt.bytes
         return worker_pb2.SettleKvResponse(complete=outcome.complete, error=outcome.error, receipt=outcome.receipt)

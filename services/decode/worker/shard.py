@@ -193,9 +193,10 @@ class Shard:
             if isinstance(message, CloseShard):
                 self._closing = True
             elif isinstance(message, ZeroShard):
-                if idle:
+                may = idle and time.monotonic() < message.until
+                if may:
                     partition.zero()
-                self._link.send(ShardZeroed(self._args.shard, idle))
+                self._link.send(ShardZeroed(self._args.shard, may))
 
 
 class Partition:
