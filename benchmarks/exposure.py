@@ -56,7 +56,7 @@ class PrefillPath:
 
     async def connect(self) -> str:
         """Connects the pair as a decode root does at its start; returns the transport."""
-        request = prefill_pb2.ConnectOwnerRequest(shards=self._shards, geometry=self._geometry, decode_root_id="bench")
+        request = prefill_pb2.ConnectOwnerRequest(shards=self._shards, geometry=self._geometry)
         return str((await self._stub.ConnectOwner(request, timeout=CALL_S)).transport)
 
     async def prefill(self, tokens: int) -> Exposure:

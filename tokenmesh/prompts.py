@@ -17,7 +17,7 @@ def check_prompt(token_ids: Sequence[int], vocab_size: int, max_model_len: int, 
     if len(token_ids) + room > max_model_len:
         raise invalid(
             Reason.PROMPT_TOO_LONG,
-            f"the prompt has {len(token_ids)} tokens; at most {max_model_len - room} fit",
+            f"{len(token_ids)} tokens of prompt and {room} to come are more than the {max_model_len} of a sequence",
             param="prompt_token_ids",
         )
     worst = max(token_ids)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
@@ -18,7 +18,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from services.gateway.engine_client import MeshEngineClient
 from services.gateway.keys import Keys
 from tokenmesh.config import GatewayConfig
-from tokenmesh.context import valid_request_id
+from tokenmesh.context import current
 from tokenmesh.engine.sampling import bad_params, logprobs_to_proto, to_vllm
 from tokenmesh.prompts import check_prompt
 from tokenmesh.rpc.errors import MeshError, Reason, invalid, unavailable
@@ -91,13 +91,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             output_kind=RequestOutputKind.DELTA,
             flat_logprobs=True,
         )
-        # An id that no header could carry is replaced, as over REST; every response names the one in use.
-        given = request.request_id
-        request_id = given if valid_request_id(given) else f"grpc-{secrets.token_hex(12)}"
+        # The server has replaced one that no header could carry, as over REST; every response names the one in use.
+        work = current()
+        assert work is not None
+        request_id = work.request_id
         counts: dict[int, int] = {}
         try:
-            client.check_admission()
-            prompt = self._prompt(client, request.prompt, params)
+            client.check_admission(params.n)
+            prompt = await self._prompt(client, request.prompt, params)
             # Nothing here takes thinking and answers apart, so a constraint holds from the first token on.
             async with aclosing(client.generate(prompt, params, request_id, reasoning_ended=True)) as outputs:
                 async for output in outputs:
@@ -105,6 +106,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                         counts[completion.index] = counts.get(completion.index, 0) + len(completion.token_ids)
                         yield _response(request_id, output, completion, counts[completion.index])
         except VLLMClientError as error:
+            if isinstance(error.__cause__, MeshError):
+                raise error.__cause__ from error
             raise bad_params(error) from error
         except GracefulHTTPError as error:
             if isinstance(error.__cause__, MeshError):
@@ -113,7 +116,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             reason = Reason.QUEUE_FULL if error.http_status == 429 else Reason.NO_DECODE_ROOT
             raise MeshError(code, reason, error.message) from error
 
-    def _prompt(
+    async def _prompt(
         self, client: MeshEngineClient, prompt: inference_pb2.Prompt, params: SamplingParams
     ) -> TokensPrompt | TextPrompt:
         kind = prompt.WhichOneof("prompt")
@@ -122,12 +125,19 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         if kind == "token_ids":
             ids = list(prompt.token_ids.ids)
         elif kind == "text":
-            ids = tokenizer.encode(prompt.text)
+            _check_length(len(prompt.text), client, "prompt.text")
+            # Beside the event loop, which others' streams need; vLLM's tokenizers are made for threads.
+            ids = await asyncio.to_thread(tokenizer.encode, prompt.text)
         elif kind == "chat" and prompt.chat.messages:
+            _check_length(sum(len(m.content) for m in prompt.chat.messages), client, "prompt.chat")
             messages = [{"role": m.role, "content": m.content} for m in prompt.chat.messages]
             try:
-                ids = tokenizer.apply_chat_template(
-                    messages, chat_template=self._chat_template, add_generation_prompt=True, return_dict=False
+                ids = await asyncio.to_thread(
+                    tokenizer.apply_chat_template,
+                    messages,
+                    chat_template=self._chat_template,
+                    add_generation_prompt=True,
+                    return_dict=False,
                 )
             except (TemplateError, ValueError) as error:
                 # Templates refuse conversations that their model has not been trained on.
@@ -139,6 +149,15 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         return TokensPrompt(prompt_token_ids=ids)
 
 
+def _check_length(characters: int, client: MeshEngineClient, param: str) -> None:
+    """Refuses a text that cannot fit, before it is cut into tokens. Raises MeshError INVALID_ARGUMENT."""
+    assert client.renderer.tokenizer is not None
+    most = client.model_config.max_model_len * client.renderer.tokenizer.max_chars_per_token
+    if characters > most:
+        message = f"the prompt has {characters} characters; no more than {most} can fit"
+        raise invalid(Reason.PROMPT_TOO_LONG, message, param=param)
+
+
 def _response(
     request_id: str, output: RequestOutput, completion: CompletionOutput, generated: int
 ) -> inference_pb2.StreamGenerateResponse:
@@ -147,6 +166,9 @@ def _response(
     )
     if completion.logprobs is not None:
         response.logprobs.CopyFrom(logprobs_to_proto(completion.logprobs))
+    # Sent once; vLLM repeats an empty list afterwards.
+    if output.prompt_logprobs:
+        response.prompt_logprobs.CopyFrom(logprobs_to_proto(output.prompt_logprobs))
     if completion.finish_reason is not None:
         response.finish_reason = _FINISH[completion.finish_reason]
         if isinstance(completion.stop_reason, str):

@@ -16,7 +16,6 @@ import grpc
 import numpy as np
 import structlog
 import torch
-from google.protobuf.timestamp_pb2 import Timestamp
 from vllm.v1.engine import (
     EngineCoreEvent,
     EngineCoreEventType,
@@ -197,7 +196,6 @@ class MeshCore:
                 prefill_candidates=[decode_pb2.PrefillCandidate(address=address) for address in route.candidates],
                 cache_salt=request.cache_salt or "",
                 priority=request.priority,
-                arrival_time=_timestamp(request.arrival_time),
                 local_reason=route.local_reason,
                 reasoning_ended=request.reasoning_ended,
                 reasoning_parser_kwargs=request.reasoning_parser_kwargs,
@@ -218,6 +216,11 @@ class MeshCore:
     ) -> AsyncIterator[EngineCoreOutput]:
         """Mode `prefill`: the prompt enters a prefill service's cache; its first token is the whole answer."""
         _check_text_only(request)
+        params = request.sampling_params
+        assert params is not None
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(params, name) is not None:
+                raise invalid(Reason.BAD_SAMPLING_PARAMS, f"a gateway in mode prefill has no {name}", param=name)
         with _passing_on():
             message = prefill_pb2.PrefillRequest(
                 request_id=request.request_id,
@@ -270,12 +273,6 @@ def _failure(error: grpc.aio.AioRpcError) -> MeshError:
     if failure.code is grpc.StatusCode.UNAVAILABLE and failure.reason is Reason.INTERNAL:
         return unavailable(Reason.NO_DECODE_ROOT, failure.message)
     return failure
-
-
-def _timestamp(seconds: float) -> Timestamp:
-    stamp = Timestamp()
-    stamp.FromNanoseconds(int(seconds * 1e9))
-    return stamp
 
 
 def _prefill_stats(usage: sampling_pb2.Usage) -> PrefillStats:

@@ -101,7 +101,7 @@ def test_prefill_geometry(mesh: RunningMesh, good: prefill_pb2.PrefillRequest, f
     assert field in got.message
 
     # (2) So is a connection to such an owner.
-    request = prefill_pb2.ConnectOwnerRequest(shards=good.target.shards, geometry=geometry, decode_root_id="direct")
+    request = prefill_pb2.ConnectOwnerRequest(shards=good.target.shards, geometry=geometry)
     with grpc.insecure_channel(mesh.prefill_address) as channel:
         got = refusal(lambda: prefill_pb2_grpc.PrefillServiceStub(channel).ConnectOwner(request, timeout=5))
     assert (got.code, got.reason) == (grpc.StatusCode.FAILED_PRECONDITION, Reason.GEOMETRY_MISMATCH)

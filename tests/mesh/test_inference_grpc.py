@@ -166,7 +166,7 @@ def test_stop_string(stub: inference_pb2_grpc.InferenceServiceStub) -> None:
 
 
 def test_json_schema(stub: inference_pb2_grpc.InferenceServiceStub) -> None:
-    constraint = sampling_pb2.StructuredOutputs(json_schema=json.dumps(PERSON), disable_any_whitespace=True)
+    constraint = sampling_pb2.StructuredOutputs(json_schema=json.dumps(PERSON))
     (choice,) = generate(stub, CAPITAL, max_tokens=48, structured_outputs=constraint)
     assert choice.finish_reason == sampling_pb2.FINISH_REASON_STOP
     jsonschema.validate(json.loads(choice.text), PERSON)

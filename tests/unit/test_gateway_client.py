@@ -16,7 +16,6 @@ from vllm import SamplingParams, TokensPrompt
 from vllm.config import VllmConfig
 from vllm.exceptions import GracefulHTTPError
 from vllm.sampling_params import RequestOutputKind
-from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from services.gateway.engine_client import MeshEngineClient
@@ -28,7 +27,6 @@ from tests.unit.fake_service import free_ports
 from tokenmesh.config import MeshConfig
 from tokenmesh.engine.host import engine_args
 from tokenmesh.lifecycle import RequestTable
-from tokenmesh.model_store import resolve_model
 from tokenmesh.rpc.errors import MeshError, Reason, abort
 from tokenmesh.rpc.server import RpcServer
 from tokenmesh.v1 import decode_pb2, decode_pb2_grpc, inference_pb2, inference_pb2_grpc, sampling_pb2
@@ -46,6 +44,7 @@ class Root(decode_pb2_grpc.DecodeServiceServicer):
         self.requests: list[decode_pb2.GenerateRequest] = []
         self.endless: Iterable[int] = ()
         """Tokens before the last one."""
+        self.prompt_logprobs: sampling_pb2.Logprobs | None = None
         self.before = 0.0
         """Seconds for which nothing is said."""
         self.serving = 0
@@ -68,6 +67,7 @@ class Root(decode_pb2_grpc.DecodeServiceServicer):
             self.serving -= 1
         yield decode_pb2.GenerateResponse(
             token_ids=[5],
+            prompt_logprobs=self.prompt_logprobs,
             finish_reason=sampling_pb2.FINISH_REASON_LENGTH,
             prefill_decision=sampling_pb2.PREFILL_DECISION_TOO_SHORT,
             usage=sampling_pb2.Usage(prompt_tokens=3),
@@ -81,14 +81,6 @@ class Running(NamedTuple):
     client: MeshEngineClient
     channel: grpc.aio.Channel
     requests: RequestTable
-
-
-@pytest.fixture(scope="module")
-def vllm_config() -> VllmConfig:
-    """As a gateway makes it."""
-    mesh = MeshConfig(max_model_len=4096)
-    arguments = engine_args(mesh, mesh.decode_service, resolve_model(mesh.model), tensor_parallel_size=1)
-    return arguments.create_engine_config(UsageContext.OPENAI_API_SERVER)
 
 
 @asynccontextmanager

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from services.decode.worker import shard as shard_module
 from services.decode.worker.processes import ShardProcesses
 from services.decode.worker.shard import ShardArgs
 from tokenmesh.config import ConfigError, DecodeWorkerConfig, GroupConfig
-from tokenmesh.kv.messages import ShardUp
+from tokenmesh.kv.messages import ShardUp, ShardZeroed, ZeroShard
 
 
 class Started(ShardProcesses):
@@ -26,6 +28,22 @@ class Started(ShardProcesses):
         self.args.append(args)
         asyncio.get_running_loop().call_soon(self.note, ShardUp(args.shard))
         return SimpleNamespace(stdin=None, poll=lambda: None, wait=lambda _: 0)
+
+
+@pytest.mark.parametrize(("left_s", "idle", "zeroed"), [(5, True, True), (5, False, False), (-0.01, True, False)])
+def test_blocks_are_zeroed_between_steps_and_while_somebody_waits_for_it(
+    monkeypatch: pytest.MonkeyPatch, left_s: float, idle: bool, zeroed: bool
+) -> None:
+    # A process that was frozen finds orders that were given up, when others may have blocks there.
+    sent: list[Any] = []
+    link = SimpleNamespace(poll=lambda: [ZeroShard(time.monotonic() + left_s)], send=sent.append)
+    monkeypatch.setattr(shard_module, "EngineLink", lambda *_: link)
+    done: list[bool] = []
+    partition: Any = SimpleNamespace(zero=lambda: done.append(True))
+    args: Any = SimpleNamespace(hub="", shard=3)
+    shard_module.Shard(args)._look(partition, idle)
+    assert sent == [ShardZeroed(3, zeroed)]
+    assert bool(done) == zeroed
 
 
 async def test_one_more_shard_is_started_beside_those_that_run() -> None:

@@ -33,6 +33,7 @@ _OPTIONAL = (
 _FLAGS = ("ignore_eos", "include_stop_str_in_output")
 _LISTS = ("stop_token_ids", "stop", "allowed_token_ids", "bad_words")
 _CONSTRAINTS = {"json": "json_schema", "regex": "regex", "grammar": "grammar", "structural_tag": "structural_tag"}
+_NOT_PER_REQUEST = ("disable_any_whitespace", "disable_additional_properties", "whitespace_pattern")
 _TEXT_ONLY = ("stop", "include_stop_str_in_output", "skip_special_tokens", "spaces_between_special_tokens")
 _CARRIED = tuple(field for field in (*_OPTIONAL, *_FLAGS, *_LISTS, "logit_bias") if field not in _TEXT_ONLY)
 """What a decode root must know."""
@@ -76,12 +77,7 @@ def _structured_to_vllm(message: sampling_pb2.StructuredOutputs) -> StructuredOu
     kind = message.WhichOneof("constraint")
     if kind is None:
         raise ValueError("structured_outputs needs a constraint")
-    values: dict[str, Any] = {
-        "disable_any_whitespace": message.disable_any_whitespace,
-        "disable_additional_properties": message.disable_additional_properties,
-    }
-    if message.HasField("whitespace_pattern"):
-        values["whitespace_pattern"] = message.whitespace_pattern
+    values: dict[str, Any] = {}
     if kind == "choice":
         values["choice"] = list(message.choice.options)
     elif kind == "json_object":
@@ -132,10 +128,13 @@ def _fitting(field: str) -> Iterator[None]:
 
 
 def _structured_from_vllm(constraint: StructuredOutputsParams, out: sampling_pb2.StructuredOutputs) -> None:
-    out.disable_any_whitespace = constraint.disable_any_whitespace
-    out.disable_additional_properties = constraint.disable_additional_properties
-    if constraint.whitespace_pattern is not None:
-        out.whitespace_pattern = constraint.whitespace_pattern
+    for option in _NOT_PER_REQUEST:
+        if getattr(constraint, option):
+            raise invalid(
+                Reason.BAD_SAMPLING_PARAMS,
+                f"{option} is the engine's to know (structured_outputs_config); vLLM ignores it in a request",
+                param="structured_outputs",
+            )
     if constraint.choice is not None:
         out.choice.options.extend(constraint.choice)
     elif constraint.json_object:

@@ -44,7 +44,7 @@ class _Interceptor(grpc.aio.ServerInterceptor):
         codecs = (handler.request_deserializer, handler.response_serializer)
 
         def served(request: Any, context: Any) -> ServedCall:
-            work = WorkContext.from_headers(headers, getattr(request, "request_id", ""))
+            work = WorkContext.from_headers(headers, _request_id(request))
             return ServedCall(method.lstrip("/"), work, context, self._seconds)
 
         async def unary(request: Any, context: Any) -> Any:
@@ -70,6 +70,11 @@ class _Interceptor(grpc.aio.ServerInterceptor):
         if handler.unary_stream:
             return grpc.unary_stream_rpc_method_handler(stream, *codecs)
         return grpc.unary_unary_rpc_method_handler(unary, *codecs)
+
+
+def _request_id(request: Any) -> str:
+    """As the client gave it; a unary call holds the request of its streaming twin."""
+    return getattr(request, "request_id", "") or getattr(getattr(request, "request", None), "request_id", "")
 
 
 async def _fail(context: Context[Any, Any], method: str, error: Exception) -> None:

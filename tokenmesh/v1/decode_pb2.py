@@ -23,12 +23,11 @@ _sym_db = _symbol_database.Default()
 
 
 from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
-from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from tokenmesh.v1 import kv_pb2 as tokenmesh_dot_v1_dot_kv__pb2
 from tokenmesh.v1 import sampling_pb2 as tokenmesh_dot_v1_dot_sampling__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19tokenmesh/v1/decode.proto\x12\x0ctokenmesh.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x15tokenmesh/v1/kv.proto\x1a\x1btokenmesh/v1/sampling.proto\"\xc1\x03\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12\x35\n\x0fsampling_params\x18\x03 \x01(\x0b\x32\x1c.tokenmesh.v1.SamplingParams\x12:\n\x12prefill_candidates\x18\x04 \x03(\x0b\x32\x1e.tokenmesh.v1.PrefillCandidate\x12\x12\n\ncache_salt\x18\x05 \x01(\t\x12\x10\n\x08priority\x18\x06 \x01(\x05\x12\x30\n\x0c\x61rrival_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x38\n\x0clocal_reason\x18\x08 \x01(\x0e\x32\x1d.tokenmesh.v1.PrefillDecisionH\x00\x88\x01\x01\x12\x1c\n\x0freasoning_ended\x18\t \x01(\x08H\x01\x88\x01\x01\x12\x38\n\x17reasoning_parser_kwargs\x18\n \x01(\x0b\x32\x17.google.protobuf.StructB\x0f\n\r_local_reasonB\x12\n\x10_reasoning_ended\"#\n\x10PrefillCandidate\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\"\x99\x03\n\x10GenerateResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12(\n\x08logprobs\x18\x02 \x01(\x0b\x32\x16.tokenmesh.v1.Logprobs\x12/\n\x0fprompt_logprobs\x18\x03 \x01(\x0b\x32\x16.tokenmesh.v1.Logprobs\x12\x36\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x1a.tokenmesh.v1.FinishReasonH\x00\x88\x01\x01\x12\x1a\n\rstop_token_id\x18\x05 \x01(\rH\x01\x88\x01\x01\x12\"\n\x05usage\x18\x06 \x01(\x0b\x32\x13.tokenmesh.v1.Usage\x12<\n\x10prefill_decision\x18\x07 \x01(\x0e\x32\x1d.tokenmesh.v1.PrefillDecisionH\x02\x88\x01\x01\x12(\n\x07receipt\x18\x08 \x01(\x0b\x32\x17.tokenmesh.v1.KvReceiptB\x10\n\x0e_finish_reasonB\x10\n\x0e_stop_token_idB\x13\n\x11_prefill_decision\"#\n\x0c\x41\x62ortRequest\x12\x13\n\x0brequest_ids\x18\x01 \x03(\t\"\x0f\n\rAbortResponse\"\x10\n\x0eGetLoadRequest\"\xfd\x02\n\x0fGetLoadResponse\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x14\n\x0c\x62locks_total\x18\x03 \x01(\r\x12\x13\n\x0b\x62locks_free\x18\x04 \x01(\r\x12\x12\n\nblock_size\x18\x05 \x01(\r\x12\x15\n\rmax_model_len\x18\x06 \x01(\r\x12\r\n\x05model\x18\x07 \x01(\t\x12\x15\n\rqueued_tokens\x18\x08 \x01(\x04\x12\x19\n\x11kv_bytes_received\x18\t \x01(\x04\x12\x14\n\x0ckv_transfers\x18\n \x01(\x04\x12\x12\n\nkv_seconds\x18\x0b \x01(\x01\x12\x14\n\x0ckv_transport\x18\x0c \x01(\t\x12?\n\tdecisions\x18\r \x03(\x0b\x32,.tokenmesh.v1.GetLoadResponse.DecisionsEntry\x1a\x30\n\x0e\x44\x65\x63isionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x32\xe6\x01\n\rDecodeService\x12K\n\x08Generate\x12\x1d.tokenmesh.v1.GenerateRequest\x1a\x1e.tokenmesh.v1.GenerateResponse0\x01\x12@\n\x05\x41\x62ort\x12\x1a.tokenmesh.v1.AbortRequest\x1a\x1b.tokenmesh.v1.AbortResponse\x12\x46\n\x07GetLoad\x12\x1c.tokenmesh.v1.GetLoadRequest\x1a\x1d.tokenmesh.v1.GetLoadResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19tokenmesh/v1/decode.proto\x12\x0ctokenmesh.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x15tokenmesh/v1/kv.proto\x1a\x1btokenmesh/v1/sampling.proto\"\xa3\x03\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12\x35\n\x0fsampling_params\x18\x03 \x01(\x0b\x32\x1c.tokenmesh.v1.SamplingParams\x12:\n\x12prefill_candidates\x18\x04 \x03(\x0b\x32\x1e.tokenmesh.v1.PrefillCandidate\x12\x12\n\ncache_salt\x18\x05 \x01(\t\x12\x10\n\x08priority\x18\x06 \x01(\x05\x12\x38\n\x0clocal_reason\x18\x08 \x01(\x0e\x32\x1d.tokenmesh.v1.PrefillDecisionH\x00\x88\x01\x01\x12\x1c\n\x0freasoning_ended\x18\t \x01(\x08H\x01\x88\x01\x01\x12\x38\n\x17reasoning_parser_kwargs\x18\n \x01(\x0b\x32\x17.google.protobuf.StructB\x0f\n\r_local_reasonB\x12\n\x10_reasoning_endedJ\x04\x08\x07\x10\x08R\x0c\x61rrival_time\"#\n\x10PrefillCandidate\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\"\x99\x03\n\x10GenerateResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12(\n\x08logprobs\x18\x02 \x01(\x0b\x32\x16.tokenmesh.v1.Logprobs\x12/\n\x0fprompt_logprobs\x18\x03 \x01(\x0b\x32\x16.tokenmesh.v1.Logprobs\x12\x36\n\rfinish_reason\x18\x04 \x01(\x0e\x32\x1a.tokenmesh.v1.FinishReasonH\x00\x88\x01\x01\x12\x1a\n\rstop_token_id\x18\x05 \x01(\rH\x01\x88\x01\x01\x12\"\n\x05usage\x18\x06 \x01(\x0b\x32\x13.tokenmesh.v1.Usage\x12<\n\x10prefill_decision\x18\x07 \x01(\x0e\x32\x1d.tokenmesh.v1.PrefillDecisionH\x02\x88\x01\x01\x12(\n\x07receipt\x18\x08 \x01(\x0b\x32\x17.tokenmesh.v1.KvReceiptB\x10\n\x0e_finish_reasonB\x10\n\x0e_stop_token_idB\x13\n\x11_prefill_decision\"#\n\x0c\x41\x62ortRequest\x12\x13\n\x0brequest_ids\x18\x01 \x03(\t\"\x0f\n\rAbortResponse\"\x10\n\x0eGetLoadRequest\"\xfd\x02\n\x0fGetLoadResponse\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x14\n\x0c\x62locks_total\x18\x03 \x01(\r\x12\x13\n\x0b\x62locks_free\x18\x04 \x01(\r\x12\x12\n\nblock_size\x18\x05 \x01(\r\x12\x15\n\rmax_model_len\x18\x06 \x01(\r\x12\r\n\x05model\x18\x07 \x01(\t\x12\x15\n\rqueued_tokens\x18\x08 \x01(\x04\x12\x19\n\x11kv_bytes_received\x18\t \x01(\x04\x12\x14\n\x0ckv_transfers\x18\n \x01(\x04\x12\x12\n\nkv_seconds\x18\x0b \x01(\x01\x12\x14\n\x0ckv_transport\x18\x0c \x01(\t\x12?\n\tdecisions\x18\r \x03(\x0b\x32,.tokenmesh.v1.GetLoadResponse.DecisionsEntry\x1a\x30\n\x0e\x44\x65\x63isionsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x32\xe6\x01\n\rDecodeService\x12K\n\x08Generate\x12\x1d.tokenmesh.v1.GenerateRequest\x1a\x1e.tokenmesh.v1.GenerateResponse0\x01\x12@\n\x05\x41\x62ort\x12\x1a.tokenmesh.v1.AbortRequest\x1a\x1b.tokenmesh.v1.AbortResponse\x12\x46\n\x07GetLoad\x12\x1c.tokenmesh.v1.GetLoadRequest\x1a\x1d.tokenmesh.v1.GetLoadResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,22 +36,22 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GETLOADRESPONSE_DECISIONSENTRY']._loaded_options = None
   _globals['_GETLOADRESPONSE_DECISIONSENTRY']._serialized_options = b'8\001'
-  _globals['_GENERATEREQUEST']._serialized_start=159
-  _globals['_GENERATEREQUEST']._serialized_end=608
-  _globals['_PREFILLCANDIDATE']._serialized_start=610
-  _globals['_PREFILLCANDIDATE']._serialized_end=645
-  _globals['_GENERATERESPONSE']._serialized_start=648
-  _globals['_GENERATERESPONSE']._serialized_end=1057
-  _globals['_ABORTREQUEST']._serialized_start=1059
-  _globals['_ABORTREQUEST']._serialized_end=1094
-  _globals['_ABORTRESPONSE']._serialized_start=1096
-  _globals['_ABORTRESPONSE']._serialized_end=1111
-  _globals['_GETLOADREQUEST']._serialized_start=1113
-  _globals['_GETLOADREQUEST']._serialized_end=1129
-  _globals['_GETLOADRESPONSE']._serialized_start=1132
-  _globals['_GETLOADRESPONSE']._serialized_end=1513
-  _globals['_GETLOADRESPONSE_DECISIONSENTRY']._serialized_start=1465
-  _globals['_GETLOADRESPONSE_DECISIONSENTRY']._serialized_end=1513
-  _globals['_DECODESERVICE']._serialized_start=1516
-  _globals['_DECODESERVICE']._serialized_end=1746
+  _globals['_GENERATEREQUEST']._serialized_start=126
+  _globals['_GENERATEREQUEST']._serialized_end=545
+  _globals['_PREFILLCANDIDATE']._serialized_start=547
+  _globals['_PREFILLCANDIDATE']._serialized_end=582
+  _globals['_GENERATERESPONSE']._serialized_start=585
+  _globals['_GENERATERESPONSE']._serialized_end=994
+  _globals['_ABORTREQUEST']._serialized_start=996
+  _globals['_ABORTREQUEST']._serialized_end=1031
+  _globals['_ABORTRESPONSE']._serialized_start=1033
+  _globals['_ABORTRESPONSE']._serialized_end=1048
+  _globals['_GETLOADREQUEST']._serialized_start=1050
+  _globals['_GETLOADREQUEST']._serialized_end=1066
+  _globals['_GETLOADRESPONSE']._serialized_start=1069
+  _globals['_GETLOADRESPONSE']._serialized_end=1450
+  _globals['_GETLOADRESPONSE_DECISIONSENTRY']._serialized_start=1402
+  _globals['_GETLOADRESPONSE_DECISIONSENTRY']._serialized_end=1450
+  _globals['_DECODESERVICE']._serialized_start=1453
+  _globals['_DECODESERVICE']._serialized_end=1683
 # @@protoc_insertion_point(module_scope)

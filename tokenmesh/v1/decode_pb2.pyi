@@ -1,7 +1,4 @@
-import datetime
-
 from google.protobuf import struct_pb2 as _struct_pb2
-from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from tokenmesh.v1 import kv_pb2 as _kv_pb2
 from tokenmesh.v1 import sampling_pb2 as _sampling_pb2
 from google.protobuf.internal import containers as _containers
@@ -13,14 +10,13 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "prompt_token_ids", "sampling_params", "prefill_candidates", "cache_salt", "priority", "arrival_time", "local_reason", "reasoning_ended", "reasoning_parser_kwargs")
+    __slots__ = ("request_id", "prompt_token_ids", "sampling_params", "prefill_candidates", "cache_salt", "priority", "local_reason", "reasoning_ended", "reasoning_parser_kwargs")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_PARAMS_FIELD_NUMBER: _ClassVar[int]
     PREFILL_CANDIDATES_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
-    ARRIVAL_TIME_FIELD_NUMBER: _ClassVar[int]
     LOCAL_REASON_FIELD_NUMBER: _ClassVar[int]
     REASONING_ENDED_FIELD_NUMBER: _ClassVar[int]
     REASONING_PARSER_KWARGS_FIELD_NUMBER: _ClassVar[int]
@@ -30,11 +26,10 @@ class GenerateRequest(_message.Message):
     prefill_candidates: _containers.RepeatedCompositeFieldContainer[PrefillCandidate]
     cache_salt: str
     priority: int
-    arrival_time: _timestamp_pb2.Timestamp
     local_reason: _sampling_pb2.PrefillDecision
     reasoning_ended: bool
     reasoning_parser_kwargs: _struct_pb2.Struct
-    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling_params: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., prefill_candidates: _Optional[_Iterable[_Union[PrefillCandidate, _Mapping]]] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ..., arrival_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., local_reason: _Optional[_Union[_sampling_pb2.PrefillDecision, str]] = ..., reasoning_ended: _Optional[bool] = ..., reasoning_parser_kwargs: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling_params: _Optional[_Union[_sampling_pb2.SamplingParams, _Mapping]] = ..., prefill_candidates: _Optional[_Iterable[_Union[PrefillCandidate, _Mapping]]] = ..., cache_salt: _Optional[str] = ..., priority: _Optional[int] = ..., local_reason: _Optional[_Union[_sampling_pb2.PrefillDecision, str]] = ..., reasoning_ended: _Optional[bool] = ..., reasoning_parser_kwargs: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ...) -> None: ...
 
 class PrefillCandidate(_message.Message):
     __slots__ = ("address",)

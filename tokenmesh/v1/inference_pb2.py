@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from tokenmesh.v1 import sampling_pb2 as tokenmesh_dot_v1_dot_sampling__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ctokenmesh/v1/inference.proto\x12\x0ctokenmesh.v1\x1a\x1btokenmesh/v1/sampling.proto\"{\n\x06Prompt\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12+\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x16.tokenmesh.v1.TokenIdsH\x00\x12*\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x1a.tokenmesh.v1.ConversationH\x00\x42\x08\n\x06prompt\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\";\n\x0c\x43onversation\x12+\n\x08messages\x18\x01 \x03(\x0b\x32\x19.tokenmesh.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xa2\x01\n\x15StreamGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12$\n\x06prompt\x18\x02 \x01(\x0b\x32\x14.tokenmesh.v1.Prompt\x12\x35\n\x0fsampling_params\x18\x03 \x01(\x0b\x32\x1c.tokenmesh.v1.SamplingParams\x12\t\n\x01n\x18\x04 \x01(\r\x12\x12\n\nrequest_id\x18\x05 \x01(\t\"\x9e\x02\n\x16StreamGenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12(\n\x08logprobs\x18\x05 \x01(\x0b\x32\x16.tokenmesh.v1.Logprobs\x12\x36\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x1a.tokenmesh.v1.FinishReasonH\x00\x88\x01\x01\x12\x18\n\x0bstop_string\x18\x07 \x01(\tH\x01\x88\x01\x01\x12\"\n\x05usage\x18\x08 \x01(\x0b\x32\x13.tokenmesh.v1.UsageB\x10\n\x0e_finish_reasonB\x0e\n\x0c_stop_string\"W\n\x1fInferenceServiceGenerateRequest\x12\x34\n\x07request\x18\x01 \x01(\x0b\x32#.tokenmesh.v1.StreamGenerateRequest\"Y\n InferenceServiceGenerateResponse\x12\x35\n\x07\x63hoices\x18\x01 \x03(\x0b\x32$.tokenmesh.v1.StreamGenerateResponse\"\x13\n\x11ListModelsRequest\"9\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.tokenmesh.v1.Model\"*\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r2\xad\x02\n\x10InferenceService\x12]\n\x0eStreamGenerate\x12#.tokenmesh.v1.StreamGenerateRequest\x1a$.tokenmesh.v1.StreamGenerateResponse0\x01\x12i\n\x08Generate\x12-.tokenmesh.v1.InferenceServiceGenerateRequest\x1a..tokenmesh.v1.InferenceServiceGenerateResponse\x12O\n\nListModels\x12\x1f.tokenmesh.v1.ListModelsRequest\x1a .tokenmesh.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ctokenmesh/v1/inference.proto\x12\x0ctokenmesh.v1\x1a\x1btokenmesh/v1/sampling.proto\"{\n\x06Prompt\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12+\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x16.tokenmesh.v1.TokenIdsH\x00\x12*\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x1a.tokenmesh.v1.ConversationH\x00\x42\x08\n\x06prompt\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\";\n\x0c\x43onversation\x12+\n\x08messages\x18\x01 \x03(\x0b\x32\x19.tokenmesh.v1.ChatMessage\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xa2\x01\n\x15StreamGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12$\n\x06prompt\x18\x02 \x01(\x0b\x32\x14.tokenmesh.v1.Prompt\x12\x35\n\x0fsampling_params\x18\x03 \x01(\x0b\x32\x1c.tokenmesh.v1.SamplingParams\x12\t\n\x01n\x18\x04 \x01(\r\x12\x12\n\nrequest_id\x18\x05 \x01(\t\"\xcf\x02\n\x16StreamGenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12(\n\x08logprobs\x18\x05 \x01(\x0b\x32\x16.tokenmesh.v1.Logprobs\x12\x36\n\rfinish_reason\x18\x06 \x01(\x0e\x32\x1a.tokenmesh.v1.FinishReasonH\x00\x88\x01\x01\x12\x18\n\x0bstop_string\x18\x07 \x01(\tH\x01\x88\x01\x01\x12\"\n\x05usage\x18\x08 \x01(\x0b\x32\x13.tokenmesh.v1.Usage\x12/\n\x0fprompt_logprobs\x18\t \x01(\x0b\x32\x16.tokenmesh.v1.LogprobsB\x10\n\x0e_finish_reasonB\x0e\n\x0c_stop_string\"W\n\x1fInferenceServiceGenerateRequest\x12\x34\n\x07request\x18\x01 \x01(\x0b\x32#.tokenmesh.v1.StreamGenerateRequest\"Y\n InferenceServiceGenerateResponse\x12\x35\n\x07\x63hoices\x18\x01 \x03(\x0b\x32$.tokenmesh.v1.StreamGenerateResponse\"\x13\n\x11ListModelsRequest\"9\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.tokenmesh.v1.Model\"*\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r2\xad\x02\n\x10InferenceService\x12]\n\x0eStreamGenerate\x12#.tokenmesh.v1.StreamGenerateRequest\x1a$.tokenmesh.v1.StreamGenerateResponse0\x01\x12i\n\x08Generate\x12-.tokenmesh.v1.InferenceServiceGenerateRequest\x1a..tokenmesh.v1.InferenceServiceGenerateResponse\x12O\n\nListModels\x12\x1f.tokenmesh.v1.ListModelsRequest\x1a .tokenmesh.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,17 +43,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STREAMGENERATEREQUEST']._serialized_start=333
   _globals['_STREAMGENERATEREQUEST']._serialized_end=495
   _globals['_STREAMGENERATERESPONSE']._serialized_start=498
-  _globals['_STREAMGENERATERESPONSE']._serialized_end=784
-  _globals['_INFERENCESERVICEGENERATEREQUEST']._serialized_start=786
-  _globals['_INFERENCESERVICEGENERATEREQUEST']._serialized_end=873
-  _globals['_INFERENCESERVICEGENERATERESPONSE']._serialized_start=875
-  _globals['_INFERENCESERVICEGENERATERESPONSE']._serialized_end=964
-  _globals['_LISTMODELSREQUEST']._serialized_start=966
-  _globals['_LISTMODELSREQUEST']._serialized_end=985
-  _globals['_LISTMODELSRESPONSE']._serialized_start=987
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1044
-  _globals['_MODEL']._serialized_start=1046
-  _globals['_MODEL']._serialized_end=1088
-  _globals['_INFERENCESERVICE']._serialized_start=1091
-  _globals['_INFERENCESERVICE']._serialized_end=1392
+  _globals['_STREAMGENERATERESPONSE']._serialized_end=833
+  _globals['_INFERENCESERVICEGENERATEREQUEST']._serialized_start=835
+  _globals['_INFERENCESERVICEGENERATEREQUEST']._serialized_end=922
+  _globals['_INFERENCESERVICEGENERATERESPONSE']._serialized_start=924
+  _globals['_INFERENCESERVICEGENERATERESPONSE']._serialized_end=1013
+  _globals['_LISTMODELSREQUEST']._serialized_start=1015
+  _globals['_LISTMODELSREQUEST']._serialized_end=1034
+  _globals['_LISTMODELSRESPONSE']._serialized_start=1036
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1093
+  _globals['_MODEL']._serialized_start=1095
+  _globals['_MODEL']._serialized_end=1137
+  _globals['_INFERENCESERVICE']._serialized_start=1140
+  _globals['_INFERENCESERVICE']._serialized_end=1441
 # @@protoc_insertion_point(module_scope)

@@ -68,7 +68,10 @@ class InferenceServiceServicer:
         Cancelling the call aborts the work everywhere. Deadline: honoured when set, and never longer than the gateway's
         request_timeout_s (DEADLINE_EXCEEDED).
         Errors: INVALID_ARGUMENT with ErrorInfo(reason, metadata.param), NOT_FOUND (MODEL_NOT_FOUND), RESOURCE_EXHAUSTED
-        (QUEUE_FULL: of the root, or of this gateway), UNAVAILABLE (NO_DECODE_ROOT, DRAINING, ENGINE_DEAD).
+        (QUEUE_FULL: of the root, or of this gateway; NO_CREDIT in mode prefill), UNAVAILABLE (NO_DECODE_ROOT, DRAINING,
+        ENGINE_DEAD).
+        A gateway in mode `prefill` only fills a prefill service's cache: the answer is the most likely token, whatever the
+        sampling parameters; log-probabilities are refused.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

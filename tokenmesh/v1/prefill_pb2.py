@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from tokenmesh.v1 import kv_pb2 as tokenmesh_dot_v1_dot_kv__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1atokenmesh/v1/prefill.proto\x12\x0ctokenmesh.v1\x1a\x15tokenmesh/v1/kv.proto\"\xa4\x01\n\x0ePrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12&\n\x06target\x18\x03 \x01(\x0b\x32\x16.tokenmesh.v1.KvTarget\x12\x12\n\ncache_salt\x18\x04 \x01(\t\x12\x16\n\x0e\x64\x65\x63ode_root_id\x18\x05 \x01(\t\x12\x10\n\x08priority\x18\x06 \x01(\x05\"\x9a\x01\n\x0fPrefillResponse\x12\x15\n\rcached_tokens\x18\x01 \x01(\r\x12\x16\n\x0e\x66irst_token_id\x18\x02 \x01(\r\x12\x15\n\rqueue_seconds\x18\x03 \x01(\x01\x12\x17\n\x0f\x63ompute_seconds\x18\x04 \x01(\x01\x12(\n\x07receipt\x18\x05 \x01(\x0b\x32\x17.tokenmesh.v1.KvReceipt\"\xa9\x01\n\x13\x43onnectOwnerRequest\x12%\n\x06shards\x18\x01 \x03(\x0b\x32\x15.tokenmesh.v1.KvShard\x12-\n\x08geometry\x18\x02 \x01(\x0b\x32\x1b.tokenmesh.v1.BlockGeometry\x12\x16\n\x0e\x64\x65\x63ode_root_id\x18\x03 \x01(\t\x12$\n\x05\x63odec\x18\x04 \x01(\x0e\x32\x15.tokenmesh.v1.KvCodec\":\n\x14\x43onnectOwnerResponse\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\x0f\n\x07goodput\x18\x02 \x01(\x01\"\x17\n\x15GetPrefillLoadRequest\"\xa9\x01\n\x16GetPrefillLoadResponse\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x15\n\rqueued_tokens\x18\x03 \x01(\x04\x12\x14\n\x0c\x62locks_total\x18\x04 \x01(\r\x12\x13\n\x0b\x62locks_free\x18\x05 \x01(\r\x12\x11\n\tmax_queue\x18\x06 \x01(\r\x12\x18\n\x10\x63redits_per_root\x18\x07 \x01(\r2\x8c\x02\n\x0ePrefillService\x12\x46\n\x07Prefill\x12\x1c.tokenmesh.v1.PrefillRequest\x1a\x1d.tokenmesh.v1.PrefillResponse\x12U\n\x0c\x43onnectOwner\x12!.tokenmesh.v1.ConnectOwnerRequest\x1a\".tokenmesh.v1.ConnectOwnerResponse\x12[\n\x0eGetPrefillLoad\x12#.tokenmesh.v1.GetPrefillLoadRequest\x1a$.tokenmesh.v1.GetPrefillLoadResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1atokenmesh/v1/prefill.proto\x12\x0ctokenmesh.v1\x1a\x15tokenmesh/v1/kv.proto\"\xa4\x01\n\x0ePrefillRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12&\n\x06target\x18\x03 \x01(\x0b\x32\x16.tokenmesh.v1.KvTarget\x12\x12\n\ncache_salt\x18\x04 \x01(\t\x12\x16\n\x0e\x64\x65\x63ode_root_id\x18\x05 \x01(\t\x12\x10\n\x08priority\x18\x06 \x01(\x05\"\x9a\x01\n\x0fPrefillResponse\x12\x15\n\rcached_tokens\x18\x01 \x01(\r\x12\x16\n\x0e\x66irst_token_id\x18\x02 \x01(\r\x12\x15\n\rqueue_seconds\x18\x03 \x01(\x01\x12\x17\n\x0f\x63ompute_seconds\x18\x04 \x01(\x01\x12(\n\x07receipt\x18\x05 \x01(\x0b\x32\x17.tokenmesh.v1.KvReceipt\"\xa7\x01\n\x13\x43onnectOwnerRequest\x12%\n\x06shards\x18\x01 \x03(\x0b\x32\x15.tokenmesh.v1.KvShard\x12-\n\x08geometry\x18\x02 \x01(\x0b\x32\x1b.tokenmesh.v1.BlockGeometry\x12$\n\x05\x63odec\x18\x04 \x01(\x0e\x32\x15.tokenmesh.v1.KvCodecJ\x04\x08\x03\x10\x04R\x0e\x64\x65\x63ode_root_id\":\n\x14\x43onnectOwnerResponse\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\x0f\n\x07goodput\x18\x02 \x01(\x01\"\x17\n\x15GetPrefillLoadRequest\"\xa9\x01\n\x16GetPrefillLoadResponse\x12\x0f\n\x07running\x18\x01 \x01(\r\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x15\n\rqueued_tokens\x18\x03 \x01(\x04\x12\x14\n\x0c\x62locks_total\x18\x04 \x01(\r\x12\x13\n\x0b\x62locks_free\x18\x05 \x01(\r\x12\x11\n\tmax_queue\x18\x06 \x01(\r\x12\x18\n\x10\x63redits_per_root\x18\x07 \x01(\r2\x8c\x02\n\x0ePrefillService\x12\x46\n\x07Prefill\x12\x1c.tokenmesh.v1.PrefillRequest\x1a\x1d.tokenmesh.v1.PrefillResponse\x12U\n\x0c\x43onnectOwner\x12!.tokenmesh.v1.ConnectOwnerRequest\x1a\".tokenmesh.v1.ConnectOwnerResponse\x12[\n\x0eGetPrefillLoad\x12#.tokenmesh.v1.GetPrefillLoadRequest\x1a$.tokenmesh.v1.GetPrefillLoadResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,13 +37,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PREFILLRESPONSE']._serialized_start=235
   _globals['_PREFILLRESPONSE']._serialized_end=389
   _globals['_CONNECTOWNERREQUEST']._serialized_start=392
-  _globals['_CONNECTOWNERREQUEST']._serialized_end=561
-  _globals['_CONNECTOWNERRESPONSE']._serialized_start=563
-  _globals['_CONNECTOWNERRESPONSE']._serialized_end=621
-  _globals['_GETPREFILLLOADREQUEST']._serialized_start=623
-  _globals['_GETPREFILLLOADREQUEST']._serialized_end=646
-  _globals['_GETPREFILLLOADRESPONSE']._serialized_start=649
-  _globals['_GETPREFILLLOADRESPONSE']._serialized_end=818
-  _globals['_PREFILLSERVICE']._serialized_start=821
-  _globals['_PREFILLSERVICE']._serialized_end=1089
+  _globals['_CONNECTOWNERREQUEST']._serialized_end=559
+  _globals['_CONNECTOWNERRESPONSE']._serialized_start=561
+  _globals['_CONNECTOWNERRESPONSE']._serialized_end=619
+  _globals['_GETPREFILLLOADREQUEST']._serialized_start=621
+  _globals['_GETPREFILLLOADREQUEST']._serialized_end=644
+  _globals['_GETPREFILLLOADRESPONSE']._serialized_start=647
+  _globals['_GETPREFILLLOADRESPONSE']._serialized_end=816
+  _globals['_PREFILLSERVICE']._serialized_start=819
+  _globals['_PREFILLSERVICE']._serialized_end=1087
 # @@protoc_insertion_point(module_scope)

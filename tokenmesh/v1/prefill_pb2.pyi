@@ -38,16 +38,14 @@ class PrefillResponse(_message.Message):
     def __init__(self, cached_tokens: _Optional[int] = ..., first_token_id: _Optional[int] = ..., queue_seconds: _Optional[float] = ..., compute_seconds: _Optional[float] = ..., receipt: _Optional[_Union[_kv_pb2.KvReceipt, _Mapping]] = ...) -> None: ...
 
 class ConnectOwnerRequest(_message.Message):
-    __slots__ = ("shards", "geometry", "decode_root_id", "codec")
+    __slots__ = ("shards", "geometry", "codec")
     SHARDS_FIELD_NUMBER: _ClassVar[int]
     GEOMETRY_FIELD_NUMBER: _ClassVar[int]
-    DECODE_ROOT_ID_FIELD_NUMBER: _ClassVar[int]
     CODEC_FIELD_NUMBER: _ClassVar[int]
     shards: _containers.RepeatedCompositeFieldContainer[_kv_pb2.KvShard]
     geometry: _kv_pb2.BlockGeometry
-    decode_root_id: str
     codec: _kv_pb2.KvCodec
-    def __init__(self, shards: _Optional[_Iterable[_Union[_kv_pb2.KvShard, _Mapping]]] = ..., geometry: _Optional[_Union[_kv_pb2.BlockGeometry, _Mapping]] = ..., decode_root_id: _Optional[str] = ..., codec: _Optional[_Union[_kv_pb2.KvCodec, str]] = ...) -> None: ...
+    def __init__(self, shards: _Optional[_Iterable[_Union[_kv_pb2.KvShard, _Mapping]]] = ..., geometry: _Optional[_Union[_kv_pb2.BlockGeometry, _Mapping]] = ..., codec: _Optional[_Union[_kv_pb2.KvCodec, str]] = ...) -> None: ...
 
 class ConnectOwnerResponse(_message.Message):
     __slots__ = ("transport", "goodput")

@@ -65,8 +65,8 @@ class PrefillServiceServicer:
         Deadline: required; the call fails with DEADLINE_EXCEEDED and sends nothing more once it has passed.
         Errors: INVALID_ARGUMENT (EMPTY_PROMPT, PROMPT_TOO_LONG, TOKEN_OUT_OF_VOCABULARY, BAD_TARGET, DEADLINE_MISSING),
         FAILED_PRECONDITION (GEOMETRY_MISMATCH), ALREADY_EXISTS (DUPLICATE_REQUEST), RESOURCE_EXHAUSTED (QUEUE_FULL,
-        NO_CREDIT), UNAVAILABLE (KV_OWNER_UNREACHABLE, ENGINE_DEAD; DRAINING, also while the engine starts), INTERNAL
-        (KV_TRANSFER_FAILED).
+        NO_CREDIT), UNAVAILABLE (KV_OWNER_UNREACHABLE: also an owner that refuses what is sent, as it knows no such ticket or
+        misses a part; ENGINE_DEAD; DRAINING, also while the engine starts), INTERNAL (KV_TRANSFER_FAILED).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -135,7 +135,8 @@ class WorkerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def SettleKv(self, request, context):
-        """Closes a ticket and says what came. From here on nothing can be written under it. Idempotent.
+        """Closes a ticket and says what came. Once it has returned, nothing can be written under it. A call that was not
+        answered may be repeated: the ticket is then unknown, or being settled, and what came counts as incomplete.
         Errors: FAILED_PRECONDITION (NOT_ATTACHED).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -307,7 +307,6 @@ class HandOff:
             request = prefill_pb2.ConnectOwnerRequest(
                 shards=owner.shards,
                 geometry=self.engine.movers[0].geometry.to_proto(),
-                decode_root_id=self._root_id,
                 codec=codec_label(self._codecs.of(address)),
             )
             replies.append(await stub.ConnectOwner(request, timeout=CONNECT_TIMEOUT_S))

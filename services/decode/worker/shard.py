@@ -82,7 +82,6 @@ class Shard:
         self._args = args
         self._link = EngineLink(args.hub, f"shard-{args.shard}")
         self._closing = False
-        self._zeroing = False
 
     def run(self) -> None:
         """Serves until the process ends."""
@@ -100,7 +99,7 @@ class Shard:
         from tokenmesh.parallel.ucx_exchange import UcxLoop
 
         args = self._args
-        self._closing = self._zeroing = False
+        self._closing = False
         reason = ""
         with contextlib.ExitStack() as stack:
             try:
