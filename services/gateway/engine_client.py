@@ -93,13 +93,8 @@ class MeshEngineClient(AsyncLLM):
 
     @property
     def errored(self) -> bool:
-        """Never: without decode roots each request is refused, and later ones may succeed."""
-        return False
-
-    @property
-    def is_running(self) -> bool:
-        """Always."""
-        return True
+        """Once nobody reads outputs any more. Without decode roots each request is refused; later ones may succeed."""
+        return not self.is_running
 
     def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
         """Refuses before a stream has begun. Raises GracefulHTTPError 503, or 429 for more than fit."""
@@ -112,7 +107,7 @@ class MeshEngineClient(AsyncLLM):
 
     async def check_health(self) -> None:
         """Raises EngineDeadError, which /health turns into 503, while no request could be served."""
-        if self._requests.draining or not self._router.entry.usable():
+        if self.errored or self._requests.draining or not self._router.entry.usable():
             raise EngineDeadError()
 
     async def is_tracing_enabled(self) -> bool:

@@ -7,6 +7,7 @@ import asyncio
 import structlog
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc
 from vllm.usage.usage_lib import UsageContext
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from services.gateway import rest
 from services.gateway.dashboard.app import dashboard
@@ -93,7 +94,7 @@ async def serve(mesh: MeshConfig, replica: int, stop: Stop) -> None:
             stop.started = True
             with exposed(server.metrics):
                 async with HttpServer(app, listener, grace=10, lifespan="on"):
-                    health = asyncio.create_task(_follow_health(router, server))
+                    health = asyncio.create_task(_follow_health(client, server))
                     log.info(
                         "gateway ready", rest=f"{config.host}:{config.port}", grpc=server.address, mode=config.mode
                     )
@@ -108,11 +109,20 @@ async def serve(mesh: MeshConfig, replica: int, stop: Stop) -> None:
             await server.stop(grace=0)
 
 
-async def _follow_health(router: Router, server: RpcServer) -> None:
-    """Health says whether a request could be served now."""
+async def _follow_health(client: MeshEngineClient, server: RpcServer) -> None:
+    """Health says whether a request could be served now, over gRPC as over REST."""
     told: bool | None = None
     while True:
-        usable = bool(router.entry.usable())
+        try:
+            await client.check_health()
+            usable = True
+        except EngineDeadError:
+            usable = False
+        if client.errored:
+            log.error("outputs are no longer read: the gateway must be started anew")
+            # Not alive either, so that whoever runs it does so.
+            await server.drain()
+            return
         if usable is not told:
             await (server.ready() if usable else server.not_ready())
             told = usable

@@ -281,6 +281,23 @@ async def test_who_is_not_let_in_is_told_before_a_stream_begins(vllm_config: Vll
         assert not running.root.requests
 
 
+async def test_a_gateway_that_reads_no_outputs_is_not_healthy(vllm_config: VllmConfig) -> None:
+    async with gateway(vllm_config) as running:
+        await ask(running.channel, TOKENS)
+        await running.client.check_health()
+        # 1. What hands outputs to requests has ended, for a fault in what it calls.
+        handler = running.client.output_handler
+        assert handler is not None
+        handler.cancel()
+        await asyncio.wait([handler])
+        with pytest.raises(EngineDeadError):
+            await running.client.check_health()
+        # 2. Requests are refused, and wait for nothing.
+        stream = running.client.generate(PROMPT, SamplingParams(max_tokens=2), "late")
+        with pytest.raises(EngineDeadError):
+            await asyncio.wait_for(read(stream), 5)
+
+
 async def test_a_chat_goes_through_the_template_that_is_configured(vllm_config: VllmConfig) -> None:
     template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     async with gateway(vllm_config, chat_template=template) as (root, client, channel, _):
