@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Iterable
 from http import HTTPStatus
 from typing import Any
@@ -22,7 +23,7 @@ from services.gateway.pulse import Pulse
 from services.gateway.router import Router
 from tokenmesh.config import GatewayConfig
 from tokenmesh.lifecycle import RequestTable
-from tokenmesh.rpc.errors import MeshError
+from tokenmesh.rpc.errors import MeshError, Reason, unavailable
 
 _HTTP = {
     grpc.StatusCode.RESOURCE_EXHAUSTED: HTTPStatus.TOO_MANY_REQUESTS,
@@ -30,6 +31,8 @@ _HTTP = {
     grpc.StatusCode.DEADLINE_EXCEEDED: HTTPStatus.GATEWAY_TIMEOUT,
     grpc.StatusCode.ALREADY_EXISTS: HTTPStatus.CONFLICT,
 }
+
+LIFE_S = 1.0
 
 
 class MeshEngineClient(AsyncLLM):
@@ -93,12 +96,22 @@ class MeshEngineClient(AsyncLLM):
 
     @property
     def errored(self) -> bool:
-        """Once nobody reads outputs any more. Without decode roots each request is refused; later ones may succeed."""
-        return not self.is_running
+        """Never: who cannot be served is refused by `check_admission`, with a reason."""
+        return False
+
+    async def serve_until(self, stop: asyncio.Event) -> None:
+        """Waits for `stop`. Raises EngineDeadError once outputs are no longer read, for a fault in what reads them."""
+        while not stop.is_set():
+            if not self.is_running:
+                raise EngineDeadError()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), LIFE_S)
 
     def check_admission(self, n: int = 1, request_id: str | None = None) -> None:
         """Refuses before a stream has begun. Raises GracefulHTTPError 503, or 429 for more than fit."""
         try:
+            if not self.is_running:
+                raise unavailable(Reason.ENGINE_DEAD, "the gateway must be started anew")
             self._requests.check_room(n)
         except MeshError as error:
             raise GracefulHTTPError(error.message, _HTTP[error.code]) from error
@@ -107,7 +120,7 @@ class MeshEngineClient(AsyncLLM):
 
     async def check_health(self) -> None:
         """Raises EngineDeadError, which /health turns into 503, while no request could be served."""
-        if self.errored or self._requests.draining or not self._router.entry.usable():
+        if not self.is_running or self._requests.draining or not self._router.entry.usable():
             raise EngineDeadError()
 
     async def is_tracing_enabled(self) -> bool:

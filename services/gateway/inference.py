@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import functools
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from typing import Any
 
@@ -42,6 +44,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self._chat_template = load_chat_template(config.chat_template)
         self._model_name = model_name
         self._client: MeshEngineClient | None = None
+        # One: vLLM keeps two copies of a tokenizer that is used by threads, and copies it for each one more.
+        self._tokenizing = ThreadPoolExecutor(1, "tokenize")
 
     def attach(self, client: MeshEngineClient) -> None:
         """Gives the service its front end."""
@@ -96,15 +100,23 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         assert work is not None
         request_id = work.request_id
         counts: dict[int, int] = {}
+        of_prompt: sampling_pb2.Logprobs | None = None
         try:
             client.check_admission(params.n)
             prompt = await self._prompt(client, request.prompt, params)
             # Nothing here takes thinking and answers apart, so a constraint holds from the first token on.
             async with aclosing(client.generate(prompt, params, request_id, reasoning_ended=True)) as outputs:
                 async for output in outputs:
+                    # The choices have one prompt; vLLM joins their outputs, and keeps the first one's list.
+                    if of_prompt is None and output.prompt_logprobs:
+                        of_prompt = logprobs_to_proto(output.prompt_logprobs)
                     for completion in output.outputs:
+                        first = completion.index not in counts
                         counts[completion.index] = counts.get(completion.index, 0) + len(completion.token_ids)
-                        yield _response(request_id, output, completion, counts[completion.index])
+                        response = _response(request_id, output, completion, counts[completion.index])
+                        if first and of_prompt is not None:
+                            response.prompt_logprobs.CopyFrom(of_prompt)
+                        yield response
         except VLLMClientError as error:
             if isinstance(error.__cause__, MeshError):
                 raise error.__cause__ from error
@@ -116,6 +128,11 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             reason = Reason.QUEUE_FULL if error.http_status == 429 else Reason.NO_DECODE_ROOT
             raise MeshError(code, reason, error.message) from error
 
+    async def _beside(self, call: Callable[..., list[int]], *args: Any, **kwargs: Any) -> list[int]:
+        """Calls a tokenizer beside the event loop, which others' streams need."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._tokenizing, functools.partial(call, *args, **kwargs))
+
     async def _prompt(
         self, client: MeshEngineClient, prompt: inference_pb2.Prompt, params: SamplingParams
     ) -> TokensPrompt | TextPrompt:
@@ -126,13 +143,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             ids = list(prompt.token_ids.ids)
         elif kind == "text":
             _check_length(len(prompt.text), client, "prompt.text")
-            # Beside the event loop, which others' streams need; vLLM's tokenizers are made for threads.
-            ids = await asyncio.to_thread(tokenizer.encode, prompt.text)
+            ids = await self._beside(tokenizer.encode, prompt.text)
         elif kind == "chat" and prompt.chat.messages:
             _check_length(sum(len(m.content) for m in prompt.chat.messages), client, "prompt.chat")
             messages = [{"role": m.role, "content": m.content} for m in prompt.chat.messages]
             try:
-                ids = await asyncio.to_thread(
+                ids = await self._beside(
                     tokenizer.apply_chat_template,
                     messages,
                     chat_template=self._chat_template,
@@ -166,9 +182,6 @@ def _response(
     )
     if completion.logprobs is not None:
         response.logprobs.CopyFrom(logprobs_to_proto(completion.logprobs))
-    # Sent once; vLLM repeats an empty list afterwards.
-    if output.prompt_logprobs:
-        response.prompt_logprobs.CopyFrom(logprobs_to_proto(output.prompt_logprobs))
     if completion.finish_reason is not None:
         response.finish_reason = _FINISH[completion.finish_reason]
         if isinstance(completion.stop_reason, str):

@@ -40,7 +40,7 @@ MAX_REQUESTS = 4096
 async def serve(mesh: MeshConfig, replica: int, stop: Stop) -> None:
     """Serves until `stop` is set, then drains.
 
-    Raises PortInUseError, ModelNotFoundError, ConfigError.
+    Raises PortInUseError, ModelNotFoundError, ConfigError; EngineDeadError if it dies by itself.
     """
     config = mesh.gateway
     listener = bind(config.host, config.port)
@@ -98,11 +98,13 @@ async def serve(mesh: MeshConfig, replica: int, stop: Stop) -> None:
                     log.info(
                         "gateway ready", rest=f"{config.host}:{config.port}", grpc=server.address, mode=config.mode
                     )
-                    await stop.wait()
-                    health.cancel()
-                    requests.draining = True
-                    await watcher.close()
-                    stopping = asyncio.create_task(server.stop(grace=10))
+                    try:
+                        await client.serve_until(stop)
+                    finally:
+                        health.cancel()
+                        requests.draining = True
+                        await watcher.close()
+                        stopping = asyncio.create_task(server.stop(grace=10))
                 await stopping
             client.shutdown()
         finally:
@@ -118,11 +120,6 @@ async def _follow_health(client: MeshEngineClient, server: RpcServer) -> None:
             usable = True
         except EngineDeadError:
             usable = False
-        if client.errored:
-            log.error("outputs are no longer read: the gateway must be started anew")
-            # Not alive either, so that whoever runs it does so.
-            await server.drain()
-            return
         if usable is not told:
             await (server.ready() if usable else server.not_ready())
             told = usable

@@ -60,14 +60,15 @@ class Root(decode_pb2_grpc.DecodeServiceServicer):
             await abort(context, self.refusal)
         self.serving += 1
         try:
-            for token in self.endless:
-                yield decode_pb2.GenerateResponse(token_ids=[token])
+            for number, token in enumerate(self.endless):
+                asked = self.prompt_logprobs if not number else None
+                yield decode_pb2.GenerateResponse(token_ids=[token], prompt_logprobs=asked)
                 await asyncio.sleep(0.01)
         finally:
             self.serving -= 1
         yield decode_pb2.GenerateResponse(
             token_ids=[5],
-            prompt_logprobs=self.prompt_logprobs,
+            prompt_logprobs=self.prompt_logprobs if not self.endless else None,
             finish_reason=sampling_pb2.FINISH_REASON_LENGTH,
             prefill_decision=sampling_pb2.PREFILL_DECISION_TOO_SHORT,
             usage=sampling_pb2.Usage(prompt_tokens=3),
@@ -285,6 +286,9 @@ async def test_a_gateway_that_reads_no_outputs_is_not_healthy(vllm_config: VllmC
     async with gateway(vllm_config) as running:
         await ask(running.channel, TOKENS)
         await running.client.check_health()
+        stop = asyncio.Event()
+        asyncio.get_running_loop().call_later(0.1, stop.set)
+        await asyncio.wait_for(running.client.serve_until(stop), 5)
         # 1. What hands outputs to requests has ended, for a fault in what it calls.
         handler = running.client.output_handler
         assert handler is not None
@@ -292,10 +296,16 @@ async def test_a_gateway_that_reads_no_outputs_is_not_healthy(vllm_config: VllmC
         await asyncio.wait([handler])
         with pytest.raises(EngineDeadError):
             await running.client.check_health()
-        # 2. Requests are refused, and wait for nothing.
-        stream = running.client.generate(PROMPT, SamplingParams(max_tokens=2), "late")
+        # 2. Requests are refused with the reason, and wait for nothing.
+        with pytest.raises(GracefulHTTPError) as told:
+            running.client.check_admission()
+        assert told.value.http_status == 503
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await ask(running.channel, TOKENS)
+        assert MeshError.from_rpc(caught.value).reason is Reason.ENGINE_DEAD
+        # 3. The service ends, so that it is started anew.
         with pytest.raises(EngineDeadError):
-            await asyncio.wait_for(read(stream), 5)
+            await asyncio.wait_for(running.client.serve_until(asyncio.Event()), 5)
 
 
 async def test_a_chat_goes_through_the_template_that_is_configured(vllm_config: VllmConfig) -> None:

@@ -83,7 +83,11 @@ async def test_log_probabilities_of_the_prompt_reach_grpc_clients(vllm_config: V
             width=[0, 2, 2], token_ids=[2, 2, 3, 9], logprobs=[-0.5, -0.5, -2.0, -0.25], ranks=[1, 1, 4, 1]
         )
         params = sampling_pb2.SamplingParams(max_tokens=2, ignore_eos=True, prompt_logprobs=1)
-        request = inference_pb2.StreamGenerateRequest(prompt=TOKENS, sampling_params=params)
-        whole = inference_pb2.InferenceServiceGenerateRequest(request=request)
-        reply = await inference_pb2_grpc.InferenceServiceStub(running.channel).Generate(whole)
-        assert reply.choices[0].prompt_logprobs == running.root.prompt_logprobs
+        stub = inference_pb2_grpc.InferenceServiceStub(running.channel)
+        # Once for each choice, however their tokens come together.
+        running.root.endless = [5, 5, 5]
+        params.temperature = 1.0
+        for n in (1, 2, 5):
+            request = inference_pb2.StreamGenerateRequest(prompt=TOKENS, sampling_params=params, n=n)
+            reply = await stub.Generate(inference_pb2.InferenceServiceGenerateRequest(request=request))
+            assert [choice.prompt_logprobs for choice in reply.choices] == [running.root.prompt_logprobs] * n

@@ -65,7 +65,7 @@ class Receiver:
         """Dropped messages by reason: stray, probe, duplicate, corrupt, out_of_range, undecodable, too_long, stalled,
         bad_header."""
         self._told: Counter[str] = Counter()
-        self._settling: set[asyncio.Task[None]] = set()
+        self._settling: dict[bytes, asyncio.Task[None]] = {}
         # What a message may have, and staging memory be used for, without a ticket.
         self._limit = max(chunk_bytes, memory.geometry.block_bytes, 4 << 20)
         self._staging: asyncio.Queue[Payload] = asyncio.Queue()
@@ -88,6 +88,9 @@ class Receiver:
 
     def settle(self, transfer_id: bytes) -> None:
         """Closes a ticket, and reports it as soon as nothing writes its blocks any more."""
+        if transfer_id in self._settling:
+            # Asked again; the report is still to come.
+            return
         self._relays.close(transfer_id)
         ticket = self._tickets.pop(transfer_id, None)
         if ticket is None:
@@ -95,9 +98,8 @@ class Receiver:
                 Settled(transfer_id, self._shard, False, "unknown transfer", 0, 0, 0.0, "", 0, self._dropped())
             )
         elif ticket.writes:
-            task = asyncio.create_task(self._settle_later(transfer_id, ticket))
-            self._settling.add(task)
-            task.add_done_callback(self._settling.discard)
+            task = self._settling[transfer_id] = asyncio.create_task(self._settle_later(transfer_id, ticket))
+            task.add_done_callback(lambda _: self._settling.pop(transfer_id))
         else:
             self._report_settled(transfer_id, ticket)
 

@@ -38,6 +38,7 @@ class Settling:
     def __init__(self) -> None:
         self._opening: dict[bytes, dict[int, asyncio.Future[Synced]]] = {}
         self._waiting: dict[bytes, dict[int, asyncio.Future[Settled]]] = {}
+        self._settling: dict[bytes, asyncio.Task[Outcome]] = {}
         self.dropped: Counter[str] = Counter()
         """Messages that movers dropped, by reason, less those that only measured a pair."""
 
@@ -72,9 +73,17 @@ class Settling:
             self._opening.pop(transfer_id, None)
 
     async def settle(self, hub: LinkHub, shards: Sequence[int], transfer_id: bytes) -> Outcome:
-        """Closes a ticket on every shard. When it returns, nothing can be written under it any more."""
-        if transfer_id in self._waiting:
-            return Outcome(False, "it is being settled already", kv_pb2.KvReceipt())
+        """Closes a ticket on every shard. When it returns, nothing can be written under it any more.
+
+        Whoever asks again meanwhile waits for the same; one who gives up ends nothing.
+        """
+        task = self._settling.get(transfer_id)
+        if task is None:
+            task = self._settling[transfer_id] = asyncio.create_task(self._settle(hub, shards, transfer_id))
+            task.add_done_callback(lambda _: self._settling.pop(transfer_id))
+        return await asyncio.shield(task)
+
+    async def _settle(self, hub: LinkHub, shards: Sequence[int], transfer_id: bytes) -> Outcome:
         loop = asyncio.get_running_loop()
         waiting = self._waiting[transfer_id] = {shard: loop.create_future() for shard in shards}
         try:

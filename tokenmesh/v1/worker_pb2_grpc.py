@@ -136,7 +136,7 @@ class WorkerServiceServicer:
 
     def SettleKv(self, request, context):
         """Closes a ticket and says what came. Once it has returned, nothing can be written under it. A call that was not
-        answered may be repeated: the ticket is then unknown, or being settled, and what came counts as incomplete.
+        answered may be repeated; if the ticket has been settled meanwhile, it is unknown, and counts as incomplete.
         Errors: FAILED_PRECONDITION (NOT_ATTACHED).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -46,7 +46,8 @@ class NcclPair:
         token = torch.zeros(1, dtype=torch.uint8, device=device)
         for verb in (self.send, self.receive) if is_root else (self.receive, self.send):
             verb(token)
-        torch.cuda.synchronize(device)
+        # Not the device: kernels of a pair that was given up may wait there for ever.
+        torch.cuda.current_stream(device).synchronize()
 
     @contextlib.contextmanager
     def _in_one_go(self) -> Iterator[torch.cuda.Stream]:

@@ -60,7 +60,7 @@ class GpuPeer:
             try:
                 torch.cuda.set_device(device)
                 meeting.set_result(NcclPair(self._unique_id, True, device))
-            except (PeerLostError, RuntimeError) as error:
+            except BaseException as error:  # noqa: BLE001 - told to who waits
                 meeting.set_exception(error)
 
         threading.Thread(target=make, name="nccl-meet", daemon=True).start()
@@ -143,6 +143,8 @@ class PeerWatch:
                 reason = peer.look(self._deadline_s)
             if reason or time.monotonic() > deadline:
                 raise PeerLostError(reason or f"no NCCL pair within {MEET_S:g} s")
+        if error := meeting.exception():
+            raise PeerLostError(f"{type(error).__name__}: {error}") from error
         return meeting.result()
 
     @property
