@@ -79,7 +79,7 @@ class RequestTable:
     """All live requests of a service. Bounds them, keeps ids unique, counts outcomes."""
 
     def __init__(self, limit: int, limit_per_owner: int | None = None) -> None:
-        self._limit = limit
+        self.limit = limit
         self._limit_per_owner = limit_per_owner
         self._live: dict[str, LiveRequest] = {}
         self._owners: Counter[str] = Counter()
@@ -120,9 +120,9 @@ class RequestTable:
             raise unavailable(Reason.DRAINING, "the prefix cache is being emptied")
 
     def _check_limit(self, count: int) -> None:
-        if len(self._live) + count > self._limit:
+        if len(self._live) + count > self.limit:
             raise MeshError(
-                grpc.StatusCode.RESOURCE_EXHAUSTED, Reason.QUEUE_FULL, f"{self._limit} requests are already accepted"
+                grpc.StatusCode.RESOURCE_EXHAUSTED, Reason.QUEUE_FULL, f"{self.limit} requests are already accepted"
             )
 
     @contextmanager

@@ -112,7 +112,8 @@ class MeshEngineClient(AsyncLLM):
         try:
             if not self.is_running:
                 raise unavailable(Reason.ENGINE_DEAD, "the gateway must be started anew")
-            self._requests.check_room(n)
+            # More than there ever is room for: a mistake of the request's, which is told as such when it is looked at.
+            self._requests.check_room(n if n <= self._requests.limit else 1)
         except MeshError as error:
             raise GracefulHTTPError(error.message, _HTTP[error.code]) from error
         if not self._router.entry.usable():

@@ -26,7 +26,7 @@ from services.gateway.router import Router
 from tests.unit.fake_service import free_ports
 from tokenmesh.config import MeshConfig
 from tokenmesh.engine.host import engine_args
-from tokenmesh.lifecycle import RequestTable
+from tokenmesh.lifecycle import LiveRequest, RequestTable
 from tokenmesh.rpc.errors import MeshError, Reason, abort
 from tokenmesh.rpc.server import RpcServer
 from tokenmesh.v1 import decode_pb2, decode_pb2_grpc, inference_pb2, inference_pb2_grpc, sampling_pb2
@@ -262,11 +262,12 @@ async def test_a_request_that_goes_from_root_to_root_lives_no_longer(vllm_config
 
 async def test_who_is_not_let_in_is_told_before_a_stream_begins(vllm_config: VllmConfig) -> None:
     async with gateway(vllm_config) as running:
-        # 1. More choices than the gateway takes.
+        # 1. More choices than the gateway takes now; more than it ever takes are not for a queue to refuse.
         running.client.check_admission(10)
-        with pytest.raises(GracefulHTTPError) as told:
-            running.client.check_admission(11)
+        with running.requests.admit(LiveRequest("live")), pytest.raises(GracefulHTTPError) as told:
+            running.client.check_admission(10)
         assert told.value.http_status == 429
+        running.client.check_admission(11)
         await running.client.check_health()
         # 2. A gateway that drains is not healthy: nobody should send it anything.
         running.requests.draining = True
