@@ -1,9 +1,11 @@
-"""What lives when a service has started is not gone through again."""
+"""What lives when a service has started is not gone through again, neither while it serves nor when it ends."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+
+import pytest
 
 PROGRAM = """
 import gc, weakref
@@ -31,3 +33,24 @@ def test_what_lived_is_set_aside_and_garbage_is_not() -> None:
     # In a process of its own: it cannot be undone.
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["True"] * 6
+
+
+ENDING = """
+import gc
+from tokenmesh.heap import leave_heap_at_exit
+
+class Node:
+    def __del__(self):
+        print("collected")
+
+node = Node()
+node.itself = node
+"""
+
+
+@pytest.mark.parametrize(("last", "said"), [("", "collected"), ("leave_heap_at_exit()", "")])
+def test_a_process_ends_without_a_collection(last: str, said: str) -> None:
+    # vLLM's engine core unfreezes its heap before it ends.
+    program = f"{ENDING}{last}\ngc.unfreeze()\n"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == said

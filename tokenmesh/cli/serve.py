@@ -19,6 +19,7 @@ import uvloop
 from tokenmesh.config import ConfigError, DecodeWorkerConfig, EngineConfig, MeshConfig
 from tokenmesh.cpus import confine
 from tokenmesh.gpus import show_gpus
+from tokenmesh.heap import leave_heap_at_exit
 from tokenmesh.lifecycle import Stop
 from tokenmesh.logs import setup_logging
 from tokenmesh.mesh_file import load_config
@@ -64,6 +65,7 @@ def serve(role: ServiceRole, config: Path | None, replica: int) -> int:
     # Process 1 of a container gets no signal that it has no handler for. Nothing has been started yet.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     setup_logging(mesh.log.level, mesh.log.format, role=role.value, replica=replica)
+    leave_heap_at_exit()
     # Imported late: a gateway must not pay for engines, nor a bad configuration for any of them.
     module = importlib.import_module(_MODULES[role])
 

@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 
 from tokenmesh.engine.compile_cache import find_it_again
+from tokenmesh.heap import leave_heap_at_exit
 from tokenmesh.logs import setup_inherited_logging
 
 
@@ -14,6 +15,8 @@ def register() -> None:
     if not logging.getLogger().handlers:
         # An engine process: its service has set up the parent's logging only.
         setup_inherited_logging(process=multiprocessing.current_process().name)
+    # vLLM makes its frozen heap collectable again before its engine core ends.
+    leave_heap_at_exit()
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
     if "TokenParallelKVConnector" not in KVConnectorFactory._registry:
