@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+DEV    := $(VENV)/.dev
 PROTOS := $(wildcard protos/tokenmesh/v1/*.proto)
 STUBS  := tokenmesh/v1
 
@@ -15,15 +16,21 @@ STUBS  := tokenmesh/v1
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-15s %s\n", $$1, $$2}'
 
-setup: $(READY) ## install everything into .venv
+setup: $(DEV) ## install everything into .venv
 
 # torch comes first and alone, so that its CPU build can be chosen; the lock is complete, hence --no-deps: resolving
-# again would bring builds that do not match that torch.
-$(READY): requirements/cpu.lock requirements/dev.lock pyproject.toml
+# again would bring builds that do not match that torch. pip compiles 24,000 modules on one core; this is done on all.
+$(READY): requirements/cpu.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet --no-deps -r requirements/cpu.lock -r requirements/dev.lock
+	$(BIN)/pip install --quiet --no-compile torch==2.13.0
+	$(BIN)/pip install --quiet --no-compile --no-deps -r requirements/cpu.lock
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true # some files are templates, or for other Pythons
+	touch $@
+
+# What checks, tests and benchmarks need besides.
+$(DEV): $(READY) requirements/dev.lock
+	$(BIN)/pip install --quiet --no-deps -r requirements/dev.lock
 	touch $@
 
 demo: $(READY) ## bring a mesh up, ask it three questions, take it down
@@ -32,16 +39,16 @@ demo: $(READY) ## bring a mesh up, ask it three questions, take it down
 up: $(READY) ## bring a mesh up and watch it until Ctrl-C
 	$(BIN)/tokenmesh up -c examples/mesh.yaml
 
-test: $(READY) ## all tests; starts one mesh
+test: $(DEV) ## all tests; starts one mesh
 	$(BIN)/pytest tests
 
-test-unit: $(READY) ## tests that start no engine
+test-unit: $(DEV) ## tests that start no engine
 	$(BIN)/pytest tests/unit
 
 browser: ## what tests of the live page need besides node and chromium; without it they are skipped
 	cd tests/page && npm ci
 
-lint: $(READY) ## style, spelling, layering, protos, containers, manifests
+lint: $(DEV) ## style, spelling, layering, protos, containers, manifests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
@@ -50,22 +57,22 @@ lint: $(READY) ## style, spelling, layering, protos, containers, manifests
 	$(BIN)/buf format --diff --exit-code protos
 	$(BIN)/python deploy/check_manifests.py
 
-types: $(READY) ## mypy, strict
+types: $(DEV) ## mypy, strict
 	$(BIN)/mypy
 
-fix: $(READY) ## what lint can mend
+fix: $(DEV) ## what lint can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/codespell --write-changes
 	$(BIN)/buf format --write protos
 
-proto: $(READY) ## regenerate the stubs
+proto: $(DEV) ## regenerate the stubs
 	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=. --pyi_out=. --grpc_python_out=. $(PROTOS)
 
-dashboards: $(READY) ## write Grafana dashboards and Prometheus rules again
+dashboards: $(DEV) ## write Grafana dashboards and Prometheus rules again
 	$(BIN)/python deploy/make_dashboards.py deploy
 
-verify: $(READY) ## the committed stubs, dashboards and rules are those of their sources
+verify: $(DEV) ## the committed stubs, dashboards and rules are those of their sources
 	rm -rf build/verify && mkdir -p build/verify
 	$(BIN)/python -m grpc_tools.protoc -I protos --python_out=build/verify --pyi_out=build/verify \
 	  --grpc_python_out=build/verify $(PROTOS)
@@ -87,19 +94,19 @@ lock: ## resolve requirements/*.in again (needs uv)
 
 bench: bench-mesh bench-tknp bench-kv bench-codecs bench-telemetry ## all benchmarks of this machine
 
-bench-telemetry: $(READY) ## spans on against off, paired; JSON and plot in build/bench
+bench-telemetry: $(DEV) ## spans on against off, paired; JSON and plot in build/bench
 	$(BIN)/python -m benchmarks.telemetry
 
-bench-mesh: $(READY) ## the mesh against a plain engine, paired; JSON and plot in build/bench
+bench-mesh: $(DEV) ## the mesh against a plain engine, paired; JSON and plot in build/bench
 	$(BIN)/python -m benchmarks.mesh
 
-bench-tknp: $(READY) ## two ranks against one, and the exchange alone; JSON and plot in build/bench
+bench-tknp: $(DEV) ## two ranks against one, and the exchange alone; JSON and plot in build/bench
 	$(BIN)/python -m benchmarks.tknp
 
-bench-kv: $(READY) ## KV to its owner against UCX alone, NIXL and a socket; JSON and plot in build/bench
+bench-kv: $(DEV) ## KV to its owner against UCX alone, NIXL and a socket; JSON and plot in build/bench
 	$(BIN)/python -m benchmarks.kv
 
-bench-codecs: $(READY) ## KV codecs on real KV: ratio and speed; JSON in build/bench
+bench-codecs: $(DEV) ## KV codecs on real KV: ratio and speed; JSON in build/bench
 	$(BIN)/python -m benchmarks.codecs
 
 # On a machine with a GPU, in whatever environment has vLLM for it: this checkout is used as it is.

@@ -30,7 +30,7 @@ from tokenmesh.engine.settings import FetchFrom
 from tokenmesh.kv.messages import KvArrived, RankDetached, Settled, StepTimes, Synced, ToService, WantKv
 from tokenmesh.model_store import resolve_model
 
-ATTACH_TIMEOUT_S = 120.0
+ATTACH_TIMEOUT_S = 300.0
 
 
 @dataclass

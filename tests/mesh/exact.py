@@ -75,7 +75,13 @@ if __name__ == "__main__":
 """
     script = folder / "plain.py"
     script.write_text(code)
-    env = {**os.environ, "VLLM_WORKER_MULTIPROC_METHOD": "spawn", "VLLM_PLUGINS": ""}
+    # In one process and with no core of its own: three would import all of vLLM one after the other.
+    env = {
+        **os.environ,
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_PLUGINS": "",
+    }
     subprocess.run([sys.executable, str(script)], check=True, env=env, timeout=500)
     tokens: list[list[int]] = msgspec.json.decode(target.read_bytes())
     return tokens

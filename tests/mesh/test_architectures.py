@@ -45,7 +45,7 @@ def save_model(kind: str, folder: Path) -> str:
     return str(folder)
 
 
-def mesh_of(model: str, tensor_parallel: int, exchange: str) -> MeshConfig:
+def mesh_of(model: str, tensor_parallel: int, exchange: str, *, compiled: bool = False) -> MeshConfig:
     """A root and one other rank, no prefill service."""
     return MeshConfig(
         model=model,
@@ -56,7 +56,7 @@ def mesh_of(model: str, tensor_parallel: int, exchange: str) -> MeshConfig:
             "token_parallel_size": 2,
             "tensor_parallel_size": tensor_parallel,
             "cpu_omp_threads_bind": "|".join(str(shard % 2) for shard in range(tensor_parallel)),
-            "enforce_eager": True,
+            "enforce_eager": not compiled,
             "kv_cache_memory_bytes": 64 << 20,
             "max_num_batched_tokens": 256,
             "engine_args": {"skip_tokenizer_init": True},
@@ -99,10 +99,15 @@ def small(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.timeout(600)
-def test_another_architecture(small: Small, tmp_path: Path) -> None:
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_another_architecture(small: Small, compiled: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Compiled here and now, not found in a cache.
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
+
     # On two ranks, the second one inside the root's process.
     async def on_ranks() -> tuple[list[list[int]], int]:
-        async with engine_group(mesh_of(small.model, 1, "local"), tmp_path / "group") as group:
+        config = mesh_of(small.model, 1, "local", compiled=compiled)
+        async with engine_group(config, tmp_path / "group") as group:
             streams = await group.generate(small.wave, NEW_TOKENS)
             await asyncio.sleep(0.6)
             await group.generate(small.wave[:2], 2)
@@ -111,6 +116,7 @@ def test_another_architecture(small: Small, tmp_path: Path) -> None:
     tokens, steps = asyncio.run(on_ranks())
     assert tokens == small.truth
     assert steps > 0
+    assert any((tmp_path / "cache").rglob("rank_0_0")) == compiled
 
 
 @pytest.mark.timeout(900)
