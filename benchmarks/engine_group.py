@@ -31,6 +31,7 @@ from tokenmesh.kv.messages import KvArrived, RankDetached, Settled, StepTimes, S
 from tokenmesh.model_store import resolve_model
 
 ATTACH_TIMEOUT_S = 300.0
+"""For all ranks. More shards than cores may need several attempts, of which one takes up to a minute."""
 
 
 @dataclass
