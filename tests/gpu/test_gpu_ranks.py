@@ -14,12 +14,13 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is 
 
 def test_kernels() -> None:
     # Imported late: their module needs Triton.
-    from tests.gpu.kernel_checks import HEADS, RANKS, check_pack_and_unpack, check_split
+    from tests.gpu.kernel_checks import HEADS, RANKS, check_pack_and_unpack, check_place, check_split
 
     for ranks in RANKS:
         check_split(ranks)
     for heads, kv_heads, size in HEADS:
         check_pack_and_unpack(heads, kv_heads, size)
+        check_place(heads, kv_heads, size)
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["eager", "graphs"])

@@ -12,7 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenmesh.engine.gpu.ranks import DeviceRanks
-from tokenmesh.engine.gpu.rows import PackedRows, SplitRows, pack_reference, split_reference, unpack_reference
+from tokenmesh.engine.gpu.rows import (
+    PackedRows,
+    SplitRows,
+    pack_reference,
+    place_reference,
+    split_reference,
+    unpack_reference,
+)
 from tokenmesh.parallel.ids import STRIDE
 from tokenmesh.parallel.partition import local_blocks, split_blocks
 
@@ -105,6 +112,27 @@ def test_rows_go_out_and_their_attention_comes_back() -> None:
     assert torch.equal(output[[0, 3]], packed.output[0, :2])
     assert torch.equal(output[2], packed.output[1, 0])
     assert not output[[1, 4, 5]].any()
+
+
+def test_keys_and_values_go_to_the_blocks_of_their_rank() -> None:
+    # (1) Rows of three ranks whose blocks lie one behind the other, and one row without tokens.
+    out = SplitRows(3, MAX_ROWS, WIDTH, BLOCK, torch.device("cpu"))
+    made = batch(3, [1, 0, 2, 1, 0], [3, 9, 1, 20, 0], 0)
+    split_reference(made.table, made.seq_lens, made.slots, out)
+    query, key, value = (torch.randn(5, heads, 8) for heads in (4, 2, 2))
+    packed = PackedRows(2, MAX_ROWS, 4, 2, 8, torch.float32, torch.device("cpu"))
+    firsts = (0, 50, 100)
+    cache = torch.zeros(150, 2, BLOCK, 16)
+    place_reference(query, key, value, out.rows[:, :5], out.slots[:, :5], firsts, cache, packed)
+    # (2) Each is where its slot says, in the part of its rank, and nothing is anywhere else.
+    expected = torch.zeros_like(cache)
+    for row, slot in enumerate(made.slots[:4].tolist()):
+        block, token = divmod(slot, BLOCK)
+        expected[firsts[block // STRIDE] + block % STRIDE, :, token] = torch.cat((key[row], value[row]), dim=1)
+    assert torch.equal(cache, expected)
+    # (3) Ranks other than the root have their queries, too.
+    assert torch.equal(packed.query[0, :2], query[[0, 3]])
+    assert torch.equal(packed.query[1, 0], query[2])
 
 
 # Shares of one allocation.

@@ -92,11 +92,11 @@ class TokenParallelFlashImpl(FlashAttentionImpl):
         output: torch.Tensor,
     ) -> None:
         packed, count = metadata.packed, metadata.rows.shape[1]
-        kernels.pack(query, key, value, metadata.rows, packed)
         watch = self._group.watch
         if watch is None:
             self._decode_here(layer, query, key, value, kv_cache, metadata, output)
         else:
+            kernels.pack(query, key, value, metadata.rows, packed)
             # What a graph holds is announced when it is replayed.
             peers = watch.peers if metadata.announced or torch.cuda.is_current_stream_capturing() else {}
             # Sent before the root attends, whose kernel leaves no room on the GPU for any other beside it.
@@ -120,6 +120,9 @@ class TokenParallelFlashImpl(FlashAttentionImpl):
         """Ranks on this GPU attend on streams of their own, beside the root."""
         packed, count = metadata.packed, metadata.rows.shape[1]
         spans = self._ranks.spans(kv_cache.shape[0])
+        firsts = tuple(first for first, _ in spans)
+        kernels.place(query, key, value, metadata.rows, metadata.slots, firsts, kv_cache, packed)
+        attend = super().forward
         main = torch.cuda.current_stream()
         streams = self._streams
         streams.forked.record(main)
@@ -127,18 +130,12 @@ class TokenParallelFlashImpl(FlashAttentionImpl):
             side = streams.streams[index]
             side.wait_event(streams.forked)
             with torch.cuda.stream(side):
-                self._attend(
-                    layer,
-                    packed.query[index, :count],
-                    packed.key[index, :count],
-                    packed.value[index, :count],
-                    kv_cache[slice(*spans[index + 1])],
-                    other,
-                    packed.output[index, :count],
-                )
+                blocks = kv_cache[slice(*spans[index + 1])]
+                # Keys and values are in their blocks by now: none are read here.
+                attend(layer, packed.query[index, :count], key, value, blocks, other, packed.output[index, :count])
                 streams.done[index].record(side)
         # The root's blocks come first, so they need not be cut out.
-        self._attend(layer, query, key, value, kv_cache, metadata.root, output)
+        attend(layer, query, key, value, kv_cache, metadata.root, output)
         for done in streams.done:
             main.wait_event(done)
 

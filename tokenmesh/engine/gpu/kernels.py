@@ -1,4 +1,4 @@
-"""Triton kernels for the rows of ranks that share a GPU: split a batch, pack rows, unpack attention.
+"""Triton kernels for the rows of ranks: split a batch, pack rows or put them in place, unpack attention.
 
 No kernel needs the host to know who owns what, none allocates, and all can be captured. What they do is written down
 in torch in `rows`.
@@ -70,6 +70,56 @@ def pack(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: torc
         out.packed.stride(1),
         Q=query.shape[1] * query.shape[2],
         KV=key.shape[1] * key.shape[2],
+        ELEMENTS=_ELEMENTS,
+    )
+
+
+def place(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rows: torch.Tensor,
+    slots: torch.Tensor,
+    firsts: tuple[int, ...],
+    cache: torch.Tensor,
+    out: PackedRows,
+) -> None:
+    """See `rows.place_reference`. q, k, v as in `pack`."""
+    others, count = rows.shape
+    for tensor in (query, key, value):
+        assert tensor.stride(2) == 1
+        assert tensor.stride(1) == tensor.shape[2]
+        assert tensor.dtype == out.packed.dtype
+    assert query.shape[0] >= count
+    assert len(firsts) == slots.shape[0] == others + 1
+    assert slots.shape[1] >= count
+    assert rows.stride(1) == slots.stride(1) == cache.stride(3) == 1
+    assert cache.dtype == out.packed.dtype
+    assert cache.shape[3] == 2 * key.shape[2]
+    _place_kernel[(count, others + 1)](
+        query,
+        key,
+        value,
+        query.stride(0),
+        key.stride(0),
+        value.stride(0),
+        rows,
+        rows.stride(0),
+        slots,
+        slots.stride(0),
+        firsts,
+        cache,
+        cache.stride(0),
+        cache.stride(1),
+        cache.stride(2),
+        out.packed,
+        out.packed.stride(0),
+        out.packed.stride(1),
+        Q=query.shape[1] * query.shape[2],
+        KV=key.shape[1] * key.shape[2],
+        SIZE=key.shape[2],
+        BLOCK_SIZE=cache.shape[2],
+        RANKS=others + 1,
         ELEMENTS=_ELEMENTS,
     )
 
@@ -193,6 +243,63 @@ def _pack_kernel(  # type: ignore[no-untyped-def]
         values = tl.load(value_ptr + row * value_stride + element, mask=element < KV)
         tl.store(target + Q + element, keys, mask=element < KV)
         tl.store(target + Q + KV + element, values, mask=element < KV)
+
+
+# A program per rank and place: one launch before ranks attend, where packing for others and writing each rank's cache
+# were two, one after the other.
+@triton.jit
+def _place_kernel(  # type: ignore[no-untyped-def]
+    query_ptr,
+    key_ptr,
+    value_ptr,
+    query_stride,
+    key_stride,
+    value_stride,
+    rows_ptr,
+    rows_stride,
+    slots_ptr,
+    slots_stride,
+    firsts,
+    cache_ptr,
+    block_stride,
+    head_stride,
+    token_stride,
+    packed_ptr,
+    rank_stride,
+    place_stride,
+    Q: tl.constexpr,
+    KV: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    RANKS: tl.constexpr,
+    ELEMENTS: tl.constexpr,
+):
+    place = tl.program_id(0)
+    rank = tl.program_id(1)
+    row = place.to(tl.int64)
+    if rank > 0:
+        row = tl.load(rows_ptr + (rank - 1) * rows_stride + place).to(tl.int64)
+        if row < 0:
+            return
+        target = packed_ptr + (rank - 1).to(tl.int64) * rank_stride + place * place_stride
+        for first in tl.static_range(0, Q, ELEMENTS):
+            element = first + tl.arange(0, ELEMENTS)
+            data = tl.load(query_ptr + row * query_stride + element, mask=element < Q)
+            tl.store(target + element, data, mask=element < Q)
+    slot = tl.load(slots_ptr + rank.to(tl.int64) * slots_stride + place)
+    if slot < 0:
+        return
+    block = slot // BLOCK_SIZE
+    for other in tl.static_range(0, RANKS):
+        block += tl.where(rank == other, firsts[other], 0)
+    token = cache_ptr + block * block_stride + (slot % BLOCK_SIZE) * token_stride
+    for first in tl.static_range(0, KV, ELEMENTS):
+        element = first + tl.arange(0, ELEMENTS)
+        keys = tl.load(key_ptr + row * key_stride + element, mask=element < KV)
+        values = tl.load(value_ptr + row * value_stride + element, mask=element < KV)
+        target = token + (element // SIZE) * head_stride + element % SIZE
+        tl.store(target, keys, mask=element < KV)
+        tl.store(target + SIZE, values, mask=element < KV)
 
 
 @triton.jit

@@ -32,6 +32,8 @@ class DecodeMetadata:
     """Ranks on other GPUs know of the batch."""
     rows: torch.Tensor
     """int32 [R, rows]: row of the batch at each place; -1: none."""
+    slots: torch.Tensor
+    """int64 [N, rows]: where each rank writes the new key and value of the row at a place; the root has all places."""
     packed: PackedRows
 
 
@@ -119,9 +121,8 @@ class TokenParallelFlashBuilder(FlashAttentionMetadataBuilder):
             builder.build(0, share(rank, split.starts[rank - 1, : count + 1]), fast_build)
             for rank, builder in enumerate(self._others, 1)
         ]
-        return DecodeMetadata(
-            root, others, self._announce(split, count, common.max_seq_len), split.rows[:, :count], self._packed
-        )
+        announced = self._announce(split, count, common.max_seq_len)
+        return DecodeMetadata(root, others, announced, split.rows[:, :count], split.slots[:, :count], self._packed)
 
     def _announce(self, split: SplitRows, count: int, max_seq_len: int) -> bool:
         """Tells every rank on another GPU of a decode batch, whether it has rows or not: graphs count on all."""

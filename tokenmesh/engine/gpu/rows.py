@@ -94,6 +94,34 @@ def pack_reference(
             target[rank, places] = source[chosen]
 
 
+def place_reference(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rows: torch.Tensor,
+    slots: torch.Tensor,
+    firsts: tuple[int, ...],
+    cache: torch.Tensor,
+    out: PackedRows,
+) -> None:
+    """Copies rows of q to their ranks, and of k and v into the cache of theirs, the root's too.
+
+    q, k, v: [>= rows, heads, head size]; `rows`: int32 [R, rows]; `slots`: int64 [N, >= rows], counted from each
+    rank's first block, in `firsts`; `cache`: [blocks of all ranks, KV heads, block size, 2 x head size].
+    """
+    size, block_size = key.shape[2], cache.shape[2]
+    for rank, first in enumerate(firsts):
+        for place in range(rows.shape[1]):
+            row = int(rows[rank - 1, place]) if rank else place
+            if row < 0:
+                continue
+            if rank:
+                out.query[rank - 1, place] = query[row]
+            if (slot := int(slots[rank, place])) >= 0:
+                token = cache[first + slot // block_size, :, slot % block_size]
+                token[:, :size], token[:, size:] = key[row], value[row]
+
+
 def unpack_reference(rows: torch.Tensor, packed: PackedRows, output: torch.Tensor) -> None:
     """Copies the ranks' attention to its rows of `output`, [>= rows, heads, head size]."""
     for rank, of_rank in enumerate(rows):
