@@ -5,6 +5,7 @@ One per worker process: vLLM makes attention backends by class name, so they fin
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ class Share:
     """None for a rank that is not there (any more): its rows are given zeros, and its loss is reported."""
     tokens: torch.Tensor | slice
     """Rows of the batch's q, k and v that are the rank's."""
+    requests: IntArray
+    """Places of its requests in the batch."""
 
 
 class RankGroup:
@@ -86,12 +89,17 @@ class RankGroup:
         return lost if self.watch is None else self.watch.lost()
 
     def begin(
-        self, shares: list[tuple[int, torch.Tensor | slice]], plans: list[tuple[IntArray, IntArray, IntArray]]
+        self,
+        shares: list[tuple[int, torch.Tensor | slice, IntArray]],
+        plans: list[tuple[IntArray, IntArray, IntArray]],
     ) -> None:
-        """Announces a step. `shares`: (rank, token rows); `plans`: query lens, seq lens, local block table of each."""
+        """Announces a step.
+
+        `shares`: (rank, token rows, places of its requests); `plans`: query lens, seq lens, local block table of each.
+        """
         self._shares = []
         self.shared = True
-        for (rank, tokens), plan in zip(shares, plans, strict=True):
+        for (rank, tokens, requests), plan in zip(shares, plans, strict=True):
             known = self._peers.get(rank)
             peer = known[1] if known is not None else None
             if peer is not None:
@@ -100,7 +108,11 @@ class RankGroup:
                 except PeerLostError as error:
                     self._lose(rank, error)
                     peer = None
-            self._shares.append(Share(rank, peer, tokens))
+            self._shares.append(Share(rank, peer, tokens, requests))
+
+    def unanswered(self) -> list[int]:
+        """Places of requests in the batch of the step that was begun last whose rank was not there to the end."""
+        return [int(place) for share in self._shares if share.peer is None for place in share.requests]
 
     def send(self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         """Sends each rank its rows of a layer."""
@@ -132,7 +144,7 @@ class RankGroup:
     def _mark_absent(self, index: int, error: PeerLostError) -> None:
         share = self._shares[index]
         self._lose(share.rank, error)
-        self._shares[index] = Share(share.rank, None, share.tokens)
+        self._shares[index] = dataclasses.replace(share, peer=None)
 
     def _lose(self, rank: int, error: PeerLostError) -> None:
         known = self._peers.get(rank)

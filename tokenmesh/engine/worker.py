@@ -68,11 +68,19 @@ class TokenParallelCpuWorker(RankSpecs, CPUWorker):
         return output
 
     def sample_tokens(self, *args: Any, **kwargs: Any) -> Any:
-        """As in vLLM, timed as above."""
+        """As in vLLM, timed as above. The scheduler drops what lost ranks had a part in; so must the runner."""
         start = time.perf_counter_ns()
+        if not self._group.shared:
+            return super().sample_tokens(*args, **kwargs)
+        runner: Any = self.model_runner
+        lost = self._group.unanswered()
+        runner.discard_request_mask.np[lost] = True
+        names = {runner.input_batch.req_ids[place] for place in lost}
+        owed = {name: count for name, count in runner.num_prompt_logprobs.items() if name in names}
         output = super().sample_tokens(*args, **kwargs)
-        if self._group.shared:
-            self._group.times.add_sampling(time.perf_counter_ns() - start)
+        # Those of a prompt that has come to its end are taken for delivered.
+        runner.num_prompt_logprobs.update(owed)
+        self._group.times.add_sampling(time.perf_counter_ns() - start)
         return output
 
     def shutdown(self) -> None:
