@@ -82,7 +82,10 @@ def vllm_config(model: Path, root_blocks: int, ahead: bool, caching: bool) -> Vl
 class Engine:
     """The scheduler, a service that talks to it, and a model that knows every token by its position."""
 
-    def __init__(self, model: Path, monkeypatch: pytest.MonkeyPatch, ahead: bool, root: int, caching: bool) -> None:
+    def __init__(
+        self, model: Path, monkeypatch: pytest.MonkeyPatch, ahead: bool, root: int, caching: bool, window: int = 0
+    ) -> None:
+        self._window = window
         self.inbox: list[AttachRank | DetachRank] = []
         self.sent: list[ToService] = []
         link = SimpleNamespace(poll=self._poll, send=self.sent.append, close=lambda: None)
@@ -91,7 +94,7 @@ class Engine:
         kind = AsyncTokenParallelScheduler if ahead else TokenParallelScheduler
         self.scheduler = kind(
             vllm_config=config,
-            kv_cache_config=kv_config(root),
+            kv_cache_config=kv_config(root, window),
             structured_output_manager=StructuredOutputManager(config),
             block_size=BLOCK,
             log_stats=True,
@@ -142,7 +145,11 @@ class Engine:
             self._tables[name] = known + list(blocks[0] if blocks else [])
         sampled, owners = {}, {}
         for name, scheduled in output.num_scheduled_tokens.items():
-            assert self._tables[name] == self.ledger.get_block_ids(name)[0]
+            # What lies before a window has been given up, and is not in the ledger any more.
+            held = [None if block.is_null else block.block_id for block in self.ledger.get_blocks(name).blocks[0]]
+            assert len(self._tables[name]) == len(held)
+            assert all(mine in (None, told) for told, mine in zip(self._tables[name], held, strict=True))
+            assert self._window or None not in held
             rank = split_owner(self._tables[name])[0]
             assert rank in self.ledger.ranks
             owners[name] = (rank, self.epochs.get(rank, 0))

@@ -7,7 +7,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, SlidingWindowSpec
 from vllm.v1.request import Request, RequestStatus
 
 from tokenmesh.engine.ledger import Ledger
@@ -20,9 +20,10 @@ init_none_hash(sha256)
 _hasher = get_request_block_hasher(BLOCK, sha256)
 
 
-def kv_config(blocks: int) -> KVCacheConfig:
-    """One group of one layer; `blocks` without vLLM's null block."""
-    spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32)
+def kv_config(blocks: int, window: int = 0) -> KVCacheConfig:
+    """One group of one layer; `blocks` without vLLM's null block; `window`: tokens that a token sees, 0: all."""
+    shape = {"block_size": BLOCK, "num_kv_heads": 1, "head_size": 8, "dtype": torch.float32}
+    spec = SlidingWindowSpec(**shape, sliding_window=window) if window else FullAttentionSpec(**shape)
     return KVCacheConfig(blocks + 1, [], [KVCacheGroupSpec(["layer"], spec)])
 
 

@@ -95,7 +95,8 @@ def scheduled(monkeypatch: pytest.MonkeyPatch, device: bool) -> tuple[list[Any],
     request: Any = SimpleNamespace(
         request_id="r", num_prompt_tokens=40, num_tokens=40, kv_transfer_params={FetchFrom.KEY: "key"}
     )
-    blocks: Any = SimpleNamespace(get_block_ids=lambda: ([7, 8, 9],))
+    own = [SimpleNamespace(is_null=False)] * 3
+    blocks: Any = SimpleNamespace(get_block_ids=lambda: ([7, 8, 9],), blocks=(own,))
     half.allocated(request, blocks, 40)
     output: Any = SimpleNamespace(total_num_scheduled_tokens=0)
     return told, half.plan_step(output)

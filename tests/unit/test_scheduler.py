@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from vllm.v1.request import RequestStatus
 
-from tests.unit.small_engine import Engine, write_model
+from tests.unit.small_engine import Engine, token_at, write_model
+from tests.unit.small_kv import BLOCK
 from tokenmesh.engine.connector import TokenParallelKVConnector
 from tokenmesh.engine.consumer import ConsumerPlan
 from tokenmesh.kv.messages import DetachRank, EngineCounts, RankDetached, WantKv
@@ -27,7 +28,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(params=[False, True], ids=["step by step", "ahead"])
 def make(request: pytest.FixtureRequest, model: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     """Makes an engine with so many blocks on the root."""
-    return lambda root, caching=False: Engine(model, monkeypatch, request.param, root, caching)
+    return lambda root, caching=False, window=0: Engine(model, monkeypatch, request.param, root, caching, window)
 
 
 def test_requests_spread_over_two_ranks_and_finish(make: Make) -> None:
@@ -191,6 +192,92 @@ def test_who_is_aborted_while_its_kv_is_on_a_lost_rank_leaves_nothing(make: Make
     assert gone.free_blocks == gone.blocks
     engine.run()
     engine.nothing_is_left()
+
+
+@pytest.mark.parametrize("lost", [True, False], ids=["rank lost", "prefill failed"])
+def test_whose_kv_did_not_come_does_not_block_those_whose_kv_did(make: Make, lost: bool) -> None:
+    # (1) One awaits KV on rank 1; behind it another awaits KV on the root, and holds most blocks there.
+    engine = make(16)
+    engine.attach(1, 16)
+    engine.add("first", 8)
+    engine.step()
+    engine.add("unlucky", 48, fetch=True)
+    engine.step()
+    engine.add("lucky", 40, fetch=True)
+    engine.step()
+    names = {split_owner(want.blocks)[0]: want.request_id for want in engine.told(WantKv)}
+    assert sorted(names) == [0, 1]
+    # (2) The first one's KV does not come, and rank 1 has no room any more; the other's is there.
+    if lost:
+        engine.step(lost={(1, 1): "dead"})
+    else:
+        engine.add("in its place", 56)
+    engine.step(finished_recving=set(names.values()), failed_recving={names[1]})
+    engine.run()
+    # (3) Both get their tokens.
+    engine.all_is_well()
+
+
+def test_whose_kv_came_to_a_lost_rank_while_it_waited_does_not_block_others(make: Make) -> None:
+    # (1) KV has come for both, but there is no slot in the batch for them yet; then rank 1 goes.
+    engine = make(16)
+    engine.attach(1, 16)
+    engine.add("first", 8)
+    engine.step()
+    engine.add("unlucky", 48, fetch=True)
+    engine.step()
+    engine.add("lucky", 40, fetch=True)
+    engine.step()
+    slots, engine.scheduler.max_num_active_reqs = engine.scheduler.max_num_active_reqs, 1
+    engine.step(finished_recving={want.request_id for want in engine.told(WantKv)})
+    engine.step()
+    engine.step(lost={(1, 1): "dead"})
+    engine.scheduler.max_num_active_reqs = slots
+    # (2) Both get their tokens.
+    engine.run()
+    engine.all_is_well()
+
+
+def test_what_lies_before_a_window_is_not_fetched(make: Make) -> None:
+    # (1) A model whose layers all have a window; somebody lives in the first blocks of rank 1.
+    engine = make(32, window=8)
+    engine.attach(1, 16)
+    engine.add("first", 8)
+    engine.step()
+    engine.add("there", 8)
+    engine.step()
+    assert engine.rank("there") == 1
+    theirs = set(engine.ledger.get_block_ids("there")[0])
+    # (2) A prompt of five windows is fetched to that rank: only blocks of its own, the last ones.
+    engine.add("long", 40, fetch=True)
+    engine.step()
+    (want,) = engine.told(WantKv)
+    assert split_owner(want.blocks)[0] == 1
+    assert len(set(want.blocks)) == len(want.blocks) < 10
+    assert not theirs & set(want.blocks)
+    assert want.start_token + want.num_tokens == 40
+    assert want.start_token == 40 - len(want.blocks) * BLOCK
+    engine.step(finished_recving={want.request_id})
+    engine.run()
+    assert engine.tokens["long"] == [token_at(i) for i in range(40, 48)]
+
+
+def test_what_a_failed_fetch_will_need_is_reserved_nowhere(make: Make) -> None:
+    # (1) A prompt's fetch fails. Whoever is placed from then on is told what is reserved.
+    engine = make(16)
+    engine.add("there", 40, fetch=True)
+    engine.step()
+    (want,) = engine.told(WantKv)
+    reserved, seen = engine.ledger._reserved, list[int]()
+    engine.ledger._reserved = lambda rank: seen.append(reserved(rank)) or seen[-1]  # type: ignore[func-returns-value]
+    engine.step(finished_recving={want.request_id}, failed_recving={want.request_id})
+    engine.step()
+    engine.step()
+    # (2) It is placed again, and what it needs is not counted against itself.
+    assert seen
+    assert set(seen) == {0}
+    engine.run()
+    engine.all_is_well()
 
 
 def test_the_connector_is_ours(make: Make) -> None:

@@ -154,6 +154,23 @@ class _Ranked(Scheduler):
             self._free_request_blocks(request)
             self._inflight_prefills.discard(request)
             request.num_computed_tokens = 0
+            if request in self.kv_holding_waiting:
+                self.kv_holding_waiting.remove_request(request)
+                self.waiting.prepend_request(request)
+
+    def _handle_blocked_waiting_request(self, request: Request) -> bool:
+        """As in vLLM, but one whose KV did not come goes back among those that hold no blocks.
+
+        vLLM tries those that hold some first, and none behind the first that it finds no room for. There, a request
+        finds the room that it has just given up; here it may be on another rank, or gone with it.
+        """
+        awaited = request.status == RequestStatus.WAITING_FOR_REMOTE_KVS
+        ready = bool(super()._handle_blocked_waiting_request(request))
+        if ready and awaited and not request.num_computed_tokens:
+            # What it still needs is reserved on no rank until it has one.
+            self._inflight_prefills.discard(request)
+            return False
+        return ready
 
     def _update_waiting_for_remote_kv(self, request: Request) -> None:
         """As in vLLM; KV that arrived on a rank that has gone since counts as failed."""
