@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ast
 import inspect
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from vllm.v1.core.sched import async_scheduler, scheduler
 
-from tests.unit.small_kv import Group, request
+from tests.unit.small_kv import BLOCK, Group, request
 from tokenmesh.engine.connector import TokenParallelKVConnector
+from tokenmesh.engine.ledger import Ledger
 from tokenmesh.parallel.ids import STRIDE
 
 
@@ -154,6 +157,10 @@ def test_ranks_that_cannot_be() -> None:
             group.ledger.attach(rank, blocks)
     with pytest.raises(ValueError, match="root"):
         group.ledger.detach(0)
+    # Ids of a root that has more blocks would be those of rank 1.
+    root: Any = SimpleNamespace(block_pool=SimpleNamespace(num_gpu_blocks=STRIDE + 1))
+    with pytest.raises(ValueError, match="at most"):
+        Ledger(lambda _: root, root, BLOCK, 64)
 
 
 def used(owner: str) -> set[str]:

@@ -15,7 +15,7 @@ from tests.unit.small_kv import kv_config
 from tokenmesh.config import ConfigError, DecodeConfig, DecodeWorkerConfig, GroupConfig, MeshConfig, PrefillConfig
 from tokenmesh.engine.consumer import ConsumerWorker
 from tokenmesh.engine.host import EngineHost, check_platform, ranks_on_device, token_parallel_args
-from tokenmesh.engine.scheduler import root_part
+from tokenmesh.engine.scheduler import UnsupportedModelError, root_part
 from tokenmesh.engine.settings import ConnectorSettings
 from tokenmesh.telemetry.metrics import Metrics
 from tokenmesh.v1 import decode_pb2, sampling_pb2
@@ -127,9 +127,15 @@ def test_a_root_with_ranks_on_its_gpu() -> None:
     # 2. The scheduler counts the root's share alone, and the block that vLLM sets aside.
     settings = ConnectorSettings("", "h", 0, "none", 1, 1, [0], device_ranks=3)
     config: Any = SimpleNamespace(
-        kv_transfer_config=SimpleNamespace(kv_connector_extra_config=settings.to_extra_config())
+        kv_transfer_config=SimpleNamespace(kv_connector_extra_config=settings.to_extra_config()),
+        cache_config=SimpleNamespace(block_size=16),
+        model_config=SimpleNamespace(max_model_len=1600),
     )
     assert root_part(config, kv_config(300)).num_blocks == 101
+    # 3. A sequence that no rank can hold would wait for ever, and all others behind it.
+    config.model_config.max_model_len = 1601
+    with pytest.raises(UnsupportedModelError, match="more than 1600 tokens"):
+        root_part(config, kv_config(300))
 
 
 @pytest.mark.usefixtures("gpu")

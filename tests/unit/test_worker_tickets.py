@@ -58,7 +58,7 @@ async def test_a_ticket_says_how_payloads_may_be_encoded(worker: Worker) -> None
 
 
 async def test_a_mover_that_does_not_answer(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tokenmesh.kv.settling.SETTLE_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("tokenmesh.kv.settling.SILENT_S", 0.05)
     worker.shards.silent = {Settle}
     reply = await worker.call("SettleKv", decode_root_id="root", transfer_id=TICKET)
     assert (reply.complete, reply.error) == (False, "a mover does not answer")

@@ -77,7 +77,7 @@ class TokenParallelCpuBuilder(CPUAttentionMetadataBuilder):
                 local = super().build(0, _select(common, rows, query_lens, tokens), fast_build)
                 local_tokens = tokens
                 continue
-            shares.append((int(rank), tokens, rows))
+            shares.append((int(rank), tokens, rows.astype(np.int32)))
             width = int(last[rows].max()) + 1
             plans.append((query_lens, seq_lens[rows], table[rows, :width] % STRIDE))
         group.begin(shares, plans)

@@ -66,7 +66,11 @@ class Ledger:
 
         `reserved(rank)`: blocks that prefills under way on a rank still need. `on_short(rank)` is called when a
         running request finds no block on its rank, before the scheduler chooses whom to preempt.
+
+        Raises ValueError if the root has more blocks than ids.
         """
+        if root.block_pool.num_gpu_blocks > STRIDE:
+            raise ValueError(f"a root has at most {STRIDE} blocks in a group, not {root.block_pool.num_gpu_blocks}")
         self._make_manager = make_manager
         self._block_size = block_size
         self._max_model_len = max_model_len

@@ -35,7 +35,7 @@ log = structlog.get_logger()
 
 
 class UnsupportedModelError(Exception):
-    """This model's KV cache cannot be spread over ranks; the message says why."""
+    """This model's KV cache cannot be spread over these ranks; the message says why."""
 
 
 class _Ranked(Scheduler):
@@ -204,11 +204,21 @@ class _Ranked(Scheduler):
 
 
 def root_part(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> KVCacheConfig:
-    """The blocks that are the root's own, of those that vLLM has allocated; the rest are attached as other ranks'."""
+    """The blocks that are the root's own, of those that vLLM has allocated; the rest are attached as other ranks'.
+
+    Raises UnsupportedModelError if the longest sequence fits none.
+    """
     settings = ConnectorSettings.from_vllm(vllm_config)
     if settings.device_ranks == 1:
         return kv_cache_config
     blocks = local_blocks(kv_cache_config.num_blocks, settings.device_ranks, settings.root_share)
+    # vLLM has compared this with all of them together.
+    most = max(blocks[0] - 1, *blocks[1:]) * vllm_config.cache_config.block_size
+    if most < vllm_config.model_config.max_model_len:
+        raise UnsupportedModelError(
+            f"max_model_len is {vllm_config.model_config.max_model_len}, and no rank of {settings.device_ranks} on this"
+            f" GPU can hold a sequence of more than {most} tokens"
+        )
     return dataclasses.replace(kv_cache_config, num_blocks=blocks[0])
 
 

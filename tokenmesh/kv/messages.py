@@ -103,6 +103,8 @@ class MoverReady(msgspec.Struct, frozen=True, tag=True, gc=False):
     host: str
     port: int
     geometry: BlockGeometry
+    pid: int = 0
+    """The mover's process; 0: not to be watched."""
 
 
 class Connected(msgspec.Struct, frozen=True, tag=True, gc=False):

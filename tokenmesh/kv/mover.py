@@ -102,7 +102,7 @@ async def _run(args: MoverArgs) -> None:
     receiver = Receiver(args.shard, memory, args.chunk_bytes, args.window, report, relays)
     port = worker.listen(args.port, receiver.serve)
     freeze_heap()
-    report(MoverReady(args.shard, args.host, port, args.geometry))
+    report(MoverReady(args.shard, args.host, port, args.geometry, os.getpid()))
     log.info("mover ready", host=args.host, port=port)
 
     async def send_reports() -> None:

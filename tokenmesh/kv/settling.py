@@ -10,13 +10,17 @@ from dataclasses import dataclass
 import structlog
 
 from tokenmesh.kv.hub import LinkHub
-from tokenmesh.kv.messages import Expect, Relay, Settle, Settled, Sync, Synced
+from tokenmesh.kv.lives import MoverLives
+from tokenmesh.kv.messages import Expect, MoverReady, Relay, Settle, Settled, Sync, Synced
 from tokenmesh.v1 import kv_pb2
 
 log = structlog.get_logger()
 
 SETTLE_TIMEOUT_S = 5.0
-"""A mover answers at once; one that does not is dead, and writes nothing any more."""
+"""How long callers wait: a mover answers at once."""
+SILENT_S = 20.0
+"""A mover that is silent for this long is killed. It may be stopped or starved, and would write when it goes on, into
+blocks that are somebody else's by then."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,8 @@ class Settling:
 
     def __init__(self) -> None:
         self._opening: dict[bytes, dict[int, asyncio.Future[Synced]]] = {}
-        self._waiting: dict[bytes, dict[int, asyncio.Future[Settled]]] = {}
+        self._waiting: dict[bytes, dict[int, asyncio.Future[Settled | None]]] = {}
+        self._movers = MoverLives(self._gone)
         self._settling: dict[bytes, asyncio.Task[Outcome]] = {}
         self.dropped: Counter[str] = Counter()
         """Messages that movers dropped, by reason, less those that only measured a pair."""
@@ -53,6 +58,17 @@ class Settling:
         future = self._waiting.get(message.transfer_id, {}).get(message.shard)
         if future is not None and not future.done():
             future.set_result(message)
+
+    def watch(self, mover: MoverReady) -> None:
+        """Knows whether this mover lives."""
+        if mover.pid:
+            self._movers.watch(mover.shard, mover.pid)
+
+    def _gone(self, shard: int) -> None:
+        for waiting in self._waiting.values():
+            future = waiting.get(shard)
+            if future is not None and not future.done():
+                future.set_result(None)
 
     async def open(self, hub: LinkHub, orders: Mapping[int, Expect | Relay]) -> None:
         """Opens a ticket, shard by shard; when it returns, all movers know of it. Raises MoverSilentError.
@@ -89,12 +105,24 @@ class Settling:
         try:
             for shard in shards:
                 hub.send(f"mover-{shard}", Settle(transfer_id))
-            settled = await asyncio.wait_for(asyncio.gather(*waiting.values()), SETTLE_TIMEOUT_S)
-        except TimeoutError:
-            log.error("a mover does not answer")  # noqa: TRY400 - the traceback would say nothing more
-            return Outcome(False, "a mover does not answer", kv_pb2.KvReceipt())
+                if self._movers.gone(shard):
+                    waiting[shard].set_result(None)
+            _, silent = await asyncio.wait(waiting.values(), timeout=SILENT_S)
+            if silent:
+                log.error("a mover does not answer, and is ended")
+                known = [self._movers.kill(shard) for shard, future in waiting.items() if future in silent]
+                # Its last write may be under way in the kernel.
+                if all(known):
+                    await asyncio.wait(silent)
+            settled = [future.result() if future.done() else None for future in waiting.values()]
         finally:
             del self._waiting[transfer_id]
+        if None in settled:
+            return Outcome(False, "a mover does not answer", kv_pb2.KvReceipt())
+        return self._outcome([answer for answer in settled if answer is not None])
+
+    @staticmethod
+    def _outcome(settled: Sequence[Settled]) -> Outcome:
         problem = next((s.error or "incomplete" for s in settled if not s.complete), "")
         receipt = kv_pb2.KvReceipt(
             bytes=sum(s.nbytes for s in settled),

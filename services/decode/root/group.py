@@ -90,6 +90,8 @@ class Group:
         """Takes the engine and begins to attach ranks. Raises MeshError if the model's attention is not supported."""
         self._engine = engine
         self._root = RootOwner(engine, self.settling)
+        for mover in engine.movers.values():
+            self.settling.watch(mover)
         if not self.ranks:
             return
         try:

@@ -105,6 +105,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         match message:
             case MoverReady():
                 self._movers[message.shard] = message
+                self.settling.watch(message)
                 self._resolve(message)
             case Synced() | Settled():
                 self.settling.note(message)
