@@ -198,6 +198,9 @@ class DecodeConfig(EngineConfig):
     """A decode root and its group."""
 
     port: Port = 9200
+    max_queue: Annotated[int, Field(ge=1)] = 4096
+    """As for engines; as many as a gateway takes, which refuses more before an answer has begun. What does not fit a
+    step waits in vLLM's queue."""
     token_parallel_size: Annotated[int, Field(ge=1, le=64)] = 2
     """Ranks that hold KV and attend, the root included. 1: the root alone, on vLLM's stock path."""
     group: GroupConfig = GroupConfig()

@@ -95,6 +95,11 @@ class MeshEngineClient(AsyncLLM):
         self.engine_core.cancel(self.output_processor.abort_requests(ids, internal))
 
     @property
+    def draining(self) -> bool:
+        """No request is taken any more."""
+        return self._requests.draining
+
+    @property
     def errored(self) -> bool:
         """Never: who cannot be served is refused by `check_admission`, with a reason."""
         return False
@@ -127,6 +132,10 @@ class MeshEngineClient(AsyncLLM):
     async def is_tracing_enabled(self) -> bool:
         """vLLM's own tracing is off; trace context travels in gRPC metadata."""
         return False
+
+    def get_kv_event_sources(self) -> dict[int, Any]:
+        """None: blocks are the services'."""
+        return {}
 
     async def reset_prefix_cache(self, *_: Any, **__: Any) -> bool:
         """Prefix caches belong to the services."""

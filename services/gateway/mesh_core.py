@@ -35,7 +35,7 @@ from tokenmesh.context import adopt
 from tokenmesh.engine.sampling import from_vllm
 from tokenmesh.lifecycle import LiveRequest, RequestState, RequestTable
 from tokenmesh.rpc.calls import calling, start_call
-from tokenmesh.rpc.errors import MeshError, Reason, invalid, unavailable
+from tokenmesh.rpc.errors import MOST_DEATHS, MeshError, Reason, invalid, unavailable
 from tokenmesh.v1 import decode_pb2, decode_pb2_grpc, prefill_pb2, prefill_pb2_grpc, sampling_pb2
 
 log = structlog.get_logger()
@@ -47,8 +47,6 @@ _FINISH = {
     sampling_pb2.FINISH_REASON_ERROR: FinishReason.ERROR,
     sampling_pb2.FINISH_REASON_REPETITION: FinishReason.REPETITION,
 }
-
-_TRY_ELSEWHERE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
 
 
 class _Resources:
@@ -95,6 +93,8 @@ class MeshCore:
         task = asyncio.create_task(self._follow(request))
         self._streams[request.request_id] = task
         task.add_done_callback(lambda _: self._over(request.request_id))
+        # A request may have many choices, each of which has its prompt to send; others' tokens come in between.
+        await asyncio.sleep(0)
 
     def _over(self, request_id: str) -> None:
         self._streams.pop(request_id, None)
@@ -138,6 +138,7 @@ class MeshCore:
         deadline = queued + self._config.request_timeout_s
         live = LiveRequest(request.request_id, prompt_tokens=len(request.prompt_token_ids or ()))
         tried: set[str] = set()
+        deaths = 0
         refusal: MeshError | None = None
         try:
             with SequenceSpan(self._model_name, request, self._pulse) as span, self._requests.admit(live):
@@ -167,9 +168,10 @@ class MeshCore:
                             raise
                         return
                     except grpc.aio.AioRpcError as error:
-                        failure = _failure(error)
+                        told = MeshError.from_rpc(error)
+                        failure, deaths = _failure(told), deaths + told.fatal
                         started = live.state is not RequestState.ACCEPTED
-                        if started or failure.code not in _TRY_ELSEWHERE:
+                        if started or deaths >= MOST_DEATHS or not _may_go_elsewhere(told):
                             raise failure from error
                         refusal = failure
                         log.warning("root refused, trying another", tried=sorted(tried), reason=failure.reason.value)
@@ -267,12 +269,17 @@ def _passing_on() -> Iterator[None]:
         raise invalid(Reason.BAD_REQUEST, f"the request cannot be passed on: {error}") from error
 
 
-def _failure(error: grpc.aio.AioRpcError) -> MeshError:
+def _may_go_elsewhere(told: MeshError) -> bool:
+    """Another root may have room, or live. What is too large for gRPC is too large everywhere."""
+    full = told.code is grpc.StatusCode.RESOURCE_EXHAUSTED and told.reason is not Reason.INTERNAL
+    return full or told.code is grpc.StatusCode.UNAVAILABLE
+
+
+def _failure(told: MeshError) -> MeshError:
     """What a service answered; of one that is gone, what clients know as the lack of it."""
-    failure = MeshError.from_rpc(error)
-    if failure.code is grpc.StatusCode.UNAVAILABLE and failure.reason is Reason.INTERNAL:
-        return unavailable(Reason.NO_DECODE_ROOT, failure.message)
-    return failure
+    if told.code is grpc.StatusCode.UNAVAILABLE and told.reason is Reason.INTERNAL:
+        return unavailable(Reason.NO_DECODE_ROOT, told.message)
+    return told
 
 
 def _prefill_stats(usage: sampling_pb2.Usage) -> PrefillStats:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import fields
 from http import HTTPStatus
 from typing import Any
@@ -61,6 +62,8 @@ def server_args(mesh: MeshConfig, model_path: str) -> Namespace:
         "enable_prompt_tokens_details": True,
         "disable_uvicorn_access_log": True,
         "enable_log_requests": mesh.log.prompts,
+        # Ours are asked for before; without this, VLLM_API_KEY would add one that only REST wants.
+        "api_key": [""],
     }
     for name in config.server_args.keys() - _READ:
         known = "is not read by the gateway" if hasattr(args, name) else "is no argument of vLLM's server"
@@ -80,7 +83,7 @@ async def build(mesh: MeshConfig, model_path: str, client: MeshEngineClient, pag
     app = build_app(args, ("generate",), client.model_config)
     answer_http_errors(app)
     await init_app_state(client, app.state, args, ("generate",))
-    return Guard(app, mesh.gateway, page)
+    return Guard(app, mesh.gateway, page, lambda: client.draining)
 
 
 def log_prompts(wanted: bool) -> None:
@@ -101,8 +104,15 @@ def answer_http_errors(app: FastAPI) -> None:
 class Guard:
     """Outermost ASGI layer: request id and trace context, API key, body size."""
 
-    def __init__(self, app: ASGIApp, config: GatewayConfig, page: ASGIApp | None = None) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        config: GatewayConfig,
+        page: ASGIApp | None = None,
+        draining: Callable[[], bool] = lambda: False,
+    ) -> None:
         """`page` looks after its own keys."""
+        self._draining = draining
         self._app = app
         self._page = page
         self._keys = Keys.of_clients(config)
@@ -136,6 +146,9 @@ class Guard:
                 out = MutableHeaders(scope=message)
                 out[REQUEST_ID] = work.request_id
                 out[TRACEPARENT] = work.traceparent
+                if self._draining():
+                    # Or its client would go on asking here, though others are told of to whoever connects anew.
+                    out["connection"] = "close"
             span.sent(message)
             await send(message)
 

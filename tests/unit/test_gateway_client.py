@@ -207,6 +207,35 @@ async def test_a_root_that_cannot_serve_is_not_the_last_word(
             assert (len(first.requests), len(second.requests)) == (1, 0)
 
 
+@pytest.mark.parametrize(
+    ("code", "reason", "asked"),
+    [
+        # 1. It may be the request that roots die of: not all of them.
+        ("UNAVAILABLE", Reason.ENGINE_DEAD, 2),
+        # 2. As gRPC says of a connection that broke, and of a message that is too large.
+        ("UNAVAILABLE", None, 2),
+        ("RESOURCE_EXHAUSTED", None, 1),
+        # 3. Roots that are full are all asked.
+        ("RESOURCE_EXHAUSTED", Reason.QUEUE_FULL, 4),
+    ],
+)
+async def test_a_request_is_not_carried_from_root_to_root_for_ever(
+    vllm_config: VllmConfig, code: str, reason: Reason | None, asked: int
+) -> None:
+    async with (
+        serving_root() as second,
+        serving_root() as third,
+        serving_root() as fourth,
+        gateway(vllm_config, second, third, fourth) as (first, _, channel, _),
+    ):
+        roots = (first, second, third, fourth)
+        for root in roots:
+            root.refusal = MeshError(grpc.StatusCode[code], reason or Reason.INTERNAL, "why")
+        with pytest.raises(grpc.aio.AioRpcError, match="why"):
+            await ask(channel, TOKENS)
+    assert sum(len(root.requests) for root in roots) == asked
+
+
 async def test_what_a_client_has_read_of_is_not_begun_anew_elsewhere(vllm_config: VllmConfig) -> None:
     async with serving_root() as second, gateway(vllm_config, second) as (first, client, _, requests):
         first.endless = itertools.repeat(5)

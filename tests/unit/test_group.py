@@ -275,6 +275,26 @@ async def test_joins_that_fail_are_tried_again_ever_more_rarely(
         assert pauses.taken[taken] == RETRY_S
 
 
+async def test_a_rank_that_is_lost_again_and_again_is_tried_ever_more_rarely(
+    pauses: Pauses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running() as (root, _):
+
+        async def lose(times: int) -> list[float]:
+            taken = len(pauses.taken)
+            for number in range(1, times + 1):
+                epoch = await root.attached()
+                root.group.handle(RankDetached(1, epoch, "lost", 0))
+                await until(lambda wanted=taken + number: len(pauses.taken) >= wanted)
+            return pauses.taken[taken:]
+
+        # 1. It connects, and then takes no rows: each time the engine stands still until it is given up.
+        assert await lose(6) == [1, 2, 4, 8, 16, LONGEST_RETRY_S]
+        # 2. One that was there for a while is tried at once.
+        monkeypatch.setattr(group_module, "STEADY_S", 0.0)
+        assert await lose(1) == [RETRY_S]
+
+
 async def test_a_worker_that_refuses_is_asked_again_soon(pauses: Pauses) -> None:
     async with running(draining=True) as (root, worker):
         await until(lambda: len(pauses.taken) > 3)

@@ -104,6 +104,25 @@ async def test_errors_of_the_framework_have_openais_shape(method: str, path: str
     assert response.headers.get("allow") == ("POST" if status == 405 else None)
 
 
+async def test_a_key_in_vllms_environment_guards_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    # (1) Keys are the mesh file's: for REST, gRPC and the dashboard alike. vLLM reads one for REST alone.
+    monkeypatch.setenv("VLLM_API_KEY", "inherited")
+    app = build_app(server_args(MeshConfig(), "unused"), ("generate",), None)
+    answer_http_errors(app)
+    async with _guarded(GatewayConfig(), app) as client:
+        # (2) So this is not refused for the lack of it, but for what it is.
+        refused(await client.post("/v1/completions", content=b"{"), 400)
+
+
+async def test_a_gateway_that_drains_lets_go_of_its_connections() -> None:
+    draining = False
+    guard: Any = Guard(_echo, GatewayConfig(), None, lambda: draining)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app=guard), base_url="http://guarded") as client:
+        assert "connection" not in (await client.post(COMPLETIONS)).headers
+        draining = True
+        assert (await client.post(COMPLETIONS)).headers["connection"] == "close"
+
+
 @pytest.mark.parametrize(
     ("name", "why"),
     [

@@ -242,6 +242,21 @@ async def test_a_service_that_was_just_unreachable_is_tried_last(monkeypatch: py
         await root.handoff.close()
 
 
+async def test_a_prompt_that_services_may_die_of_is_not_shown_to_all() -> None:
+    async with serving(3) as found:
+        root = Root(*(address for address, _ in found))
+        for _, prefill in found:
+            prefill.fails = True
+            prefill.may_answer.set()
+        with root.handoff.registered("r", root.prompt):
+            root.want()
+            await root.heard()
+        # The root computes it.
+        assert root.arrivals == [("worker-0", KvArrived("r-0", False))]
+        assert [prefill.called.is_set() for _, prefill in found] == [True, True, False]
+        await root.handoff.close()
+
+
 async def test_what_arrived_is_told_as_such() -> None:
     async with serving() as [(address, prefill)]:
         root = Root(address)

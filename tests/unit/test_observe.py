@@ -14,7 +14,8 @@ import pytest
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc
 
 from services.gateway import observe
-from services.gateway.dashboard.app import FILES, dashboard, events
+from services.gateway.dashboard import app as app_module
+from services.gateway.dashboard.app import FILES, Written, dashboard, events
 from services.gateway.keys import Keys
 from services.gateway.observe import Collector, ObserveServicer, Watcher
 from services.gateway.pulse import Pulse
@@ -197,7 +198,7 @@ def client(world: World, key: str = "") -> httpx.AsyncClient:
 
 async def test_the_page_streams_snapshots(world: World) -> None:
     # 1. What the page's script reads. httpx's transport gives a body when it is whole, so it is taken at its source.
-    async with aclosing(events(world.watcher)) as stream:
+    async with aclosing(events(world.watcher, Written())) as stream:
         event = await anext(stream)
     # 2. An event with a snapshot in it, with zeros where there is nothing: a script must not miss a key.
     assert event.startswith("data: ")
@@ -205,6 +206,17 @@ async def test_the_page_streams_snapshots(world: World) -> None:
     snapshot = json.loads(event.removeprefix("data: "))
     assert snapshot["pulse"]["tokens_per_second"] == 0
     assert snapshot["services"][2]["status"]["ranks"][1]["context_tokens"] == "2400"
+
+
+async def test_a_snapshot_is_written_once_for_all_who_watch(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, calls = app_module._plain, list[Any]()
+    monkeypatch.setattr(app_module, "_plain", lambda message: calls.append(message) or plain(message))
+    written = Written()
+    for number in (1, 2):
+        snapshot = await world.watcher.snapshot()
+        assert written(snapshot) is written(snapshot)
+        assert json.loads(written(snapshot))["services"]
+        assert len(calls) == number
 
 
 PATHS = ["/dashboard", "/dashboard/", *(f"/dashboard/static/{file.name}" for file in FILES.iterdir())]

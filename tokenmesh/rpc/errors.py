@@ -13,6 +13,9 @@ from grpc_status import rpc_status
 
 DOMAIN = "tokenmesh"
 
+MOST_DEATHS = 2
+"""Services that may die with a request before it is given up: it may be what they die of."""
+
 MAX_TEXT_BYTES = 1024
 """Longer texts are cut. A message travels twice, escaped to three times its size and in base 64, and gRPC turns an
 error whose trailers exceed 8 KiB into another one."""
@@ -67,6 +70,12 @@ class MeshError(Exception):
         detail.Pack(error_details_pb2.ErrorInfo(reason=self.reason.value, domain=DOMAIN, metadata=metadata))
         code = code_pb2.Code.Value(self.code.name if self.code.name != "OK" else "INTERNAL")
         return status_pb2.Status(code=code, message=_cut(self.message), details=[detail])
+
+    @property
+    def fatal(self) -> bool:
+        """The peer has died with the call, perhaps of what it was asked. So not everybody should be asked the same."""
+        lost = self.reason is Reason.INTERNAL and "failed to connect" not in self.message
+        return self.code is grpc.StatusCode.UNAVAILABLE and (lost or self.reason is Reason.ENGINE_DEAD)
 
     @classmethod
     def from_rpc(cls, error: grpc.aio.AioRpcError) -> MeshError:

@@ -10,6 +10,9 @@ import uvicorn
 
 from tokenmesh.rpc.server import PortInUseError
 
+DEAF_S = 120
+"""A client that takes nothing of an answer for this long is gone, though its machine says that it lives."""
+
 
 def bind(host: str, port: int) -> socket.socket:
     """A socket for `HttpServer`; port 0 picks a free one. Raises PortInUseError."""
@@ -17,6 +20,8 @@ def bind(host: str, port: int) -> socket.socket:
     # With the protocol named, asyncio turns Nagle off on what it accepts; otherwise every answer waits 40 ms.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    # What is accepted has it from the listener; nothing above TCP would ever notice.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, DEAF_S * 1000)
     try:
         listener.bind((host, port))
     except OSError as error:

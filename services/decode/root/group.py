@@ -37,6 +37,8 @@ log = structlog.get_logger()
 ATTACH_TIMEOUT_S = 60.0
 RETRY_S = 1.0
 LONGEST_RETRY_S = 30.0
+STEADY_S = 60.0
+"""A rank that was there for longer than this is attached again at once."""
 WATCH_S = 1.0
 STATS_TIMEOUT_S = 2.0
 SILENCES = 3
@@ -146,12 +148,15 @@ class Group:
 
     async def _keep(self, rank: Rank) -> None:
         """Attaches a rank, watches it, and attaches it again when it has gone. Runs until cancelled."""
-        told, pause = "", RETRY_S
+        told, pause, short_lives = "", RETRY_S, 0
         while True:
             try:
                 await self._attach(rank)
-                told, pause = "", RETRY_S
+                told, attached = "", time.monotonic()
                 await self._watch(rank)
+                # One that is lost as soon as it has rows to attend over stops the engine each time it is back.
+                short_lives = short_lives + 1 if time.monotonic() - attached < STEADY_S else 0
+                pause = min(RETRY_S * 2 ** max(0, short_lives - 1), LONGEST_RETRY_S)
             except MeshError as error:
                 if error.reason is Reason.RANK_UNREACHABLE:
                     # The engine stood still while it tried to connect.

@@ -28,7 +28,7 @@ from tokenmesh.kv.messages import DropKv, KvArrived, RankDetached, Settled, Step
 from tokenmesh.parallel.ids import split_owner
 from tokenmesh.rpc.calls import calling
 from tokenmesh.rpc.channel import open_channel
-from tokenmesh.rpc.errors import MeshError, Reason, unavailable
+from tokenmesh.rpc.errors import MOST_DEATHS, MeshError, Reason, unavailable
 from tokenmesh.tasks import to_the_end
 from tokenmesh.telemetry import span_names, tracing
 from tokenmesh.telemetry.metrics import Metrics
@@ -177,7 +177,7 @@ class HandOff:
         if owner is None:
             return self._unreachable(rank)
         landing = _Landing(rank, owner, blocks)
-        deadline = time.monotonic() + self._config.kv_transfer.timeout_s
+        deadline, deaths = time.monotonic() + self._config.kv_transfer.timeout_s, 0
         for number, address in enumerate(sorted(prompt.candidates, key=self._recently_down), start=1):
             left = deadline - time.monotonic()
             if left <= 0:
@@ -197,7 +197,8 @@ class HandOff:
                 self._metrics.attempt(error.reason.value, time.monotonic() - begun)
                 self.failures[error.reason.value] += 1
                 log.warning("remote prefill failed", prefill=address, reason=error.reason.value, error=error.message)
-                if error.code is grpc.StatusCode.INVALID_ARGUMENT:
+                deaths += error.fatal
+                if error.code is grpc.StatusCode.INVALID_ARGUMENT or deaths >= MOST_DEATHS:
                     # The prompt's fault. A service of another geometry says nothing about the next one.
                     return False
         return False

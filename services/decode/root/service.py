@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+import grpc
 import structlog
 from google.protobuf.json_format import MessageToDict
 from vllm import TokensPrompt
-from vllm.exceptions import VLLMClientError
+from vllm.exceptions import GracefulHTTPError, VLLMClientError
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -24,7 +25,8 @@ from tokenmesh.engine.sampling import bad_params, logprobs_to_proto, to_vllm, to
 from tokenmesh.engine.settings import FetchFrom
 from tokenmesh.lifecycle import LiveRequest, RequestState, RequestTable
 from tokenmesh.prompts import check_prompt
-from tokenmesh.rpc.errors import Reason, invalid, unavailable
+from tokenmesh.rpc.channel import MAX_MESSAGE_BYTES
+from tokenmesh.rpc.errors import MeshError, Reason, invalid, unavailable
 from tokenmesh.rpc.server import Context
 from tokenmesh.telemetry import span_names
 from tokenmesh.telemetry.metrics import Metrics
@@ -33,6 +35,9 @@ from tokenmesh.telemetry.tracing import Value
 from tokenmesh.v1 import decode_pb2, decode_pb2_grpc, sampling_pb2
 
 log = structlog.get_logger()
+
+ROOM_BYTES = 64 << 10
+"""Of a message, for what it has besides log-probabilities of its prompt."""
 
 _FINISH = {
     "stop": sampling_pb2.FINISH_REASON_STOP,
@@ -119,6 +124,9 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
                     yield response
         except VLLMClientError as error:
             raise bad_params(error) from error
+        except GracefulHTTPError as error:
+            # Limits of vLLM's own on what waits, set through engine_args.
+            raise MeshError(grpc.StatusCode.RESOURCE_EXHAUSTED, Reason.QUEUE_FULL, error.message) from error
         except EngineDeadError as error:
             raise unavailable(Reason.ENGINE_DEAD, "the decode engine has died") from error
 
@@ -264,6 +272,13 @@ def _response(output: RequestOutput) -> decode_pb2.GenerateResponse:
     # Sent once; vLLM repeats an empty list afterwards.
     if output.prompt_logprobs:
         response.prompt_logprobs.CopyFrom(logprobs_to_proto(output.prompt_logprobs))
+        if response.ByteSize() > MAX_MESSAGE_BYTES - ROOM_BYTES:
+            raise invalid(
+                Reason.BAD_SAMPLING_PARAMS,
+                f"the prompt's log-probabilities take {response.ByteSize() >> 20} MiB, more than a message can hold:"
+                " ask for fewer, or of a shorter prompt",
+                param="prompt_logprobs",
+            )
     if completion.finish_reason is not None:
         response.finish_reason = _FINISH[completion.finish_reason]
         if isinstance(completion.stop_reason, int):

@@ -33,6 +33,7 @@ _HEADERS = {
 
 def dashboard(watcher: Watcher, store: SpanStore, keys: Keys) -> Starlette:
     """The application, for paths that begin with /dashboard."""
+    written = Written()
 
     def refused(request: Request) -> Response | None:
         if keys.fit(request.headers.get("authorization", "")):
@@ -44,7 +45,7 @@ def dashboard(watcher: Watcher, store: SpanStore, keys: Keys) -> Starlette:
 
     async def watch(request: Request) -> Response:
         return refused(request) or StreamingResponse(
-            events(watcher), media_type="text/event-stream", headers=_HEADERS | {"X-Accel-Buffering": "no"}
+            events(watcher, written), media_type="text/event-stream", headers=_HEADERS | {"X-Accel-Buffering": "no"}
         )
 
     async def trace(request: Request) -> Response:
@@ -63,11 +64,24 @@ def dashboard(watcher: Watcher, store: SpanStore, keys: Keys) -> Starlette:
     )
 
 
-async def events(watcher: Watcher) -> AsyncGenerator[str, None]:
+class Written:
+    """The last snapshot as JSON, the same for all who watch: it takes 30 ms of a large mesh, in which no token moves."""
+
+    def __init__(self) -> None:
+        self._of: Message | None = None
+        self._text = ""
+
+    def __call__(self, snapshot: Message) -> str:
+        if self._of is not snapshot:
+            self._of, self._text = snapshot, json.dumps(_plain(snapshot))
+        return self._text
+
+
+async def events(watcher: Watcher, written: Written) -> AsyncGenerator[str, None]:
     """Snapshots as server-sent events."""
     async with aclosing(watcher.watch()) as snapshots:
         async for snapshot in snapshots:
-            yield f"data: {json.dumps(_plain(snapshot))}\n\n"
+            yield f"data: {written(snapshot)}\n\n"
 
 
 def _plain(message: Message) -> object:
