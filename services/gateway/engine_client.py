@@ -16,13 +16,13 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.engine.output_processor import OutputProcessor
-from vllm.v1.metrics.loggers import StatLoggerManager
+from vllm.v1.metrics.loggers import PrometheusStatLogger, StatLoggerManager
 
 from services.gateway.mesh_core import MeshCore
 from services.gateway.pulse import Pulse
 from services.gateway.router import Router
 from tokenmesh.config import GatewayConfig
-from tokenmesh.lifecycle import RequestTable
+from tokenmesh.lifecycle import RequestState, RequestTable
 from tokenmesh.rpc.errors import MeshError, Reason, unavailable
 
 _HTTP = {
@@ -66,9 +66,19 @@ class MeshEngineClient(AsyncLLM):
         self.logger_manager = StatLoggerManager(
             vllm_config=vllm_config, engine_idxs=[0], custom_stat_loggers=[], enable_default_loggers=False
         )
+        self._show_load()
         self.output_handler: asyncio.Task[None] | None = None
         self.profiler = None
         self._client_count = 1
+
+    def _show_load(self) -> None:
+        """Answers for vLLM's gauges of a scheduler, which nobody would set: routers and autoscalers read them."""
+        (logger,) = (each for each in self.logger_manager.stat_loggers if isinstance(each, PrometheusStatLogger))
+        logger.gauge_scheduler_running[0].set_function(lambda: self._requests.count(RequestState.RUNNING))
+        logger.gauge_scheduler_waiting[0].set_function(
+            lambda: len(self._requests) - self._requests.count(RequestState.RUNNING)
+        )
+        logger.gauge_kv_cache_usage[0].set_function(self._router.entry.kv_usage)
 
     def _refused(self, request_id: str, error: MeshError) -> None:
         """Ends a sequence with an error that vLLM's handlers turn into the right response."""

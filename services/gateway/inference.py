@@ -42,6 +42,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     def __init__(self, config: GatewayConfig, model_name: str) -> None:
         self._keys = Keys.of_clients(config)
         self._chat_template = load_chat_template(config.chat_template)
+        # As over REST; a mesh file may turn thinking off with it.
+        self._template_kwargs: dict[str, Any] = config.server_args.get("default_chat_template_kwargs") or {}
         self._model_name = model_name
         self._client: MeshEngineClient | None = None
         # One: vLLM keeps two copies of a tokenizer that is used by threads, and copies it for each one more.
@@ -154,6 +156,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                     chat_template=self._chat_template,
                     add_generation_prompt=True,
                     return_dict=False,
+                    **self._template_kwargs,
                 )
             except (TemplateError, ValueError) as error:
                 # Templates refuse conversations that their model has not been trained on.

@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import grpc
 import structlog
@@ -43,7 +44,7 @@ class Peer:
     """Prompt tokens of this gateway's requests that are being, or will be, computed there."""
     queued: int = 0
     """Requests waiting there, whoever sent them, when last polled."""
-    details: object = None
+    details: Any = None
     """The last load response."""
 
     @property
@@ -89,6 +90,12 @@ class Pool:
     def usable(self) -> list[Peer]:
         """Peers that answer."""
         return [peer for peer in self.peers if peer.up]
+
+    def kv_usage(self) -> float:
+        """Share of their KV blocks that is held, 0 to 1, as of the last answers."""
+        loads = [peer.details for peer in self.usable() if peer.details is not None]
+        total = sum(load.blocks_total for load in loads)
+        return 1 - sum(load.blocks_free for load in loads) / total if total else 0.0
 
     def ranked(self, prefix: int | None) -> list[Peer]:
         """Usable peers, best first."""

@@ -10,7 +10,7 @@ import grpc
 import pytest
 from vllm.config import VllmConfig
 
-from tests.unit.test_gateway_client import TOKENS, ask, gateway
+from tests.unit.small_gateway import TOKENS, ask, gateway
 from tokenmesh.rpc.errors import MeshError, Reason
 from tokenmesh.v1 import inference_pb2, inference_pb2_grpc, sampling_pb2
 
@@ -34,6 +34,19 @@ async def test_a_text_that_cannot_fit_is_not_cut_into_tokens(
             error = MeshError.from_rpc(caught.value)
             assert (error.code, error.reason) == (grpc.StatusCode.INVALID_ARGUMENT, Reason.PROMPT_TOO_LONG)
             assert error.metadata == {"param": param}
+
+
+async def test_chats_have_what_the_mesh_file_says_of_templates(
+    vllm_config: VllmConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kwargs = {"enable_thinking": False}
+    async with gateway(vllm_config, server_args={"default_chat_template_kwargs": kwargs}) as running:
+        seen = list[dict[str, Any]]()
+        tokenizer: Any = running.client.renderer.tokenizer
+        monkeypatch.setattr(tokenizer, "apply_chat_template", lambda *_, **given: seen.append(given) or [1, 2])
+        message = inference_pb2.ChatMessage(role="user", content="Hello")
+        await ask(running.channel, inference_pb2.Prompt(chat=inference_pb2.Conversation(messages=[message])))
+    assert [given["enable_thinking"] for given in seen] == [False]
 
 
 async def test_others_streams_go_on_while_a_text_is_cut_into_tokens(

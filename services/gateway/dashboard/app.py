@@ -65,7 +65,7 @@ def dashboard(watcher: Watcher, store: SpanStore, keys: Keys) -> Starlette:
 
 
 class Written:
-    """The last snapshot as JSON, the same for all who watch: it takes 30 ms of a large mesh, in which no token moves."""
+    """The last snapshot as JSON, the same for all who watch: of a large mesh it takes 30 ms, and no token moves."""
 
     def __init__(self) -> None:
         self._of: Message | None = None
