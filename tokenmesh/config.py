@@ -66,6 +66,9 @@ class KvTransferConfig(_Section):
     """How KV is encoded on its way; a decode root asks for it. ``lossless``: exact, for links slower than its
     compression, in CPU memory only. ``bf16``, ``fp16``, ``fp8``: rounded, which also bridges caches of different dtype.
     ``auto``: of the exact ones, what the measured link and codecs promise most of."""
+    same_weights: bool = True
+    """Of a decode root: refuse KV of prefill services that have other weights, as in the middle of an update. False
+    where they are meant to differ, as with quantised ones."""
 
     def chunk(self, device: bool) -> int:
         """Largest UCX message in bytes. `device`: KV lies on a GPU."""
@@ -133,6 +136,8 @@ class PrefillConfig(EngineConfig):
             raise ValueError("prefill_service.kv_transfer.transport: none leaves it nothing to do; set replicas to 0")
         if self.kv_transfer.codec != "none":
             raise ValueError("prefill_service.kv_transfer.codec is set in decode_service: the owner of blocks asks")
+        if not self.kv_transfer.same_weights:
+            raise ValueError("prefill_service.kv_transfer.same_weights is set in decode_service: the root decides")
         return self
 
 
@@ -191,6 +196,8 @@ class DecodeWorkerConfig(_Section):
     def _receives(self) -> DecodeWorkerConfig:
         if self.kv_transfer.codec != "none":
             raise ValueError("decode_worker.kv_transfer.codec is set in decode_service: the root asks")
+        if not self.kv_transfer.same_weights:
+            raise ValueError("decode_worker.kv_transfer.same_weights is set in decode_service: the root decides")
         return self
 
 

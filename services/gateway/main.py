@@ -24,6 +24,7 @@ from tokenmesh.lifecycle import RequestState, RequestTable, Stop
 from tokenmesh.logs import setup_inherited_logging
 from tokenmesh.model_store import resolve_model
 from tokenmesh.rpc.admin import AdminServicer
+from tokenmesh.rpc.channel import aging
 from tokenmesh.rpc.http import HttpServer, bind
 from tokenmesh.rpc.server import RpcServer
 from tokenmesh.telemetry import metric_names
@@ -35,6 +36,8 @@ from tokenmesh.v1 import admin_pb2, inference_pb2, inference_pb2_grpc, observe_p
 log = structlog.get_logger()
 
 MAX_REQUESTS = 4096
+CONNECTION_S = 300.0
+"""A client's gRPC connection to one gateway of several."""
 
 
 async def serve(mesh: MeshConfig, replica: int, stop: Stop) -> None:
@@ -44,7 +47,7 @@ async def serve(mesh: MeshConfig, replica: int, stop: Stop) -> None:
     """
     config = mesh.gateway
     listener = bind(config.host, config.port)
-    server = RpcServer(config.host, config.grpc_port)
+    server = RpcServer(config.host, config.grpc_port, aging(CONNECTION_S, config.request_timeout_s + 1))
     requests = RequestTable(MAX_REQUESTS)
     servicer = InferenceServicer(config, mesh.model_name)
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, server.server)

@@ -89,7 +89,8 @@ def test_prefill_target(
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("layers", 29), ("dtype", "float16"), ("block_size", 16), ("packing", "other")]
+    ("field", "value"),
+    [("layers", 29), ("dtype", "float16"), ("block_size", 16), ("packing", "other"), ("weights", "0")],
 )
 def test_prefill_geometry(mesh: RunningMesh, good: prefill_pb2.PrefillRequest, field: str, value: int | str) -> None:
     # (1) A target of another shape is refused before anything is computed.

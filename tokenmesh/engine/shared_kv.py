@@ -17,6 +17,7 @@ import zmq
 
 from tokenmesh.engine.device_order import InDeviceOrder
 from tokenmesh.engine.settings import ConnectorSettings
+from tokenmesh.engine.weights import weights_id
 from tokenmesh.kv.geometry import HND, BlockGeometry, LayerSpan
 from tokenmesh.kv.messages import ToMover, encode
 from tokenmesh.kv.mover import MoverArgs
@@ -151,6 +152,7 @@ def geometry_of(kv_caches: dict[str, torch.Tensor], vllm_config: VllmConfig) -> 
         dtype=str(tensors[0].dtype).removeprefix("torch."),
         block_bytes=tensors[0][0].numel() * tensors[0].element_size(),
         packing=packing(vllm_config),
+        weights=weights_id(model),
     )
 
 

@@ -29,6 +29,8 @@ class BlockGeometry(msgspec.Struct, frozen=True):
     """Bytes of one block of one layer, keys and values together."""
     packing: str
     """Order inside a block; kernels of different instruction sets pack keys differently."""
+    weights: str = ""
+    """Digest of what computes the blocks; empty: unknown, or not to be compared."""
 
     @property
     def by_head(self) -> bool:
@@ -57,6 +59,11 @@ class BlockGeometry(msgspec.Struct, frozen=True):
                 raise GeometryMismatchError(
                     f"KV geometry differs in {field}: {mine!r} here, {theirs!r} at the owner{hint}"
                 )
+        if self.weights and owner.weights and self.weights != owner.weights:
+            raise GeometryMismatchError(
+                f"the weights are others: {self.weights} here, {owner.weights} at the owner, which can set"
+                " decode_service.kv_transfer.same_weights to false"
+            )
 
     def blocks_for(self, tokens: int) -> int:
         """Blocks that hold this many tokens."""

@@ -34,6 +34,17 @@ SERVER_OPTIONS = [
 ]
 
 
+def aging(most_s: float, call_s: float) -> list[tuple[str, int]]:
+    """Server options: a connection is closed after `most_s`, when its calls, of up to `call_s`, have ended.
+
+    Clients connect anew without a word, so that servers that came later have their part of the work.
+    """
+    return [
+        ("grpc.max_connection_age_ms", int(most_s * 1000)),
+        ("grpc.max_connection_age_grace_ms", int(call_s * 1000)),
+    ]
+
+
 _LOOPBACK = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
 
 

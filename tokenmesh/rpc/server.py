@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import grpc
@@ -94,12 +94,13 @@ LIVE = "live"
 class RpcServer:
     """One listener with health and reflection. Starts NOT_SERVING; `ready()` once the service can work."""
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, options: Sequence[tuple[str, int]] = ()) -> None:
+        """`options`: of gRPC's, besides those that all servers have."""
         self.address = join(host, port)
         self._drained = False
         self.metrics = Metrics()
         """Of the whole service, whose calls are the first of them."""
-        self.server = grpc.aio.server(interceptors=[_Interceptor(self.metrics)], options=SERVER_OPTIONS)
+        self.server = grpc.aio.server(interceptors=[_Interceptor(self.metrics)], options=[*SERVER_OPTIONS, *options])
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
         self._names = [health.SERVICE_NAME, reflection.SERVICE_NAME]

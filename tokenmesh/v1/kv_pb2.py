@@ -24,21 +24,21 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15tokenmesh/v1/kv.proto\x12\x0ctokenmesh.v1\"\x8d\x01\n\rBlockGeometry\x12\x0e\n\x06layers\x18\x01 \x01(\r\x12\x10\n\x08kv_heads\x18\x02 \x01(\r\x12\x11\n\thead_size\x18\x03 \x01(\r\x12\x12\n\nblock_size\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x13\n\x0b\x62lock_bytes\x18\x06 \x01(\x04\x12\x0f\n\x07packing\x18\x07 \x01(\t\"%\n\x07KvShard\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0c\n\x04port\x18\x02 \x01(\r\"\xc3\x01\n\x08KvTarget\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\x12%\n\x06shards\x18\x02 \x03(\x0b\x32\x15.tokenmesh.v1.KvShard\x12-\n\x08geometry\x18\x03 \x01(\x0b\x32\x1b.tokenmesh.v1.BlockGeometry\x12\x13\n\x0bstart_token\x18\x04 \x01(\r\x12\x11\n\tblock_ids\x18\x05 \x03(\r\x12$\n\x05\x63odec\x18\x06 \x01(\x0e\x32\x15.tokenmesh.v1.KvCodec\"m\n\tKvReceipt\x12\r\n\x05\x62ytes\x18\x01 \x01(\x04\x12\x14\n\x0c\x62lock_layers\x18\x02 \x01(\x04\x12\x0f\n\x07seconds\x18\x03 \x01(\x01\x12\x11\n\ttransport\x18\x04 \x01(\t\x12\x17\n\x0f\x65xposed_seconds\x18\x05 \x01(\x01*\x85\x01\n\x07KvCodec\x12\x18\n\x14KV_CODEC_UNSPECIFIED\x10\x00\x12\x11\n\rKV_CODEC_NONE\x10\x01\x12\x15\n\x11KV_CODEC_LOSSLESS\x10\x02\x12\x11\n\rKV_CODEC_BF16\x10\x03\x12\x11\n\rKV_CODEC_FP16\x10\x04\x12\x10\n\x0cKV_CODEC_FP8\x10\x05\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15tokenmesh/v1/kv.proto\x12\x0ctokenmesh.v1\"\x9e\x01\n\rBlockGeometry\x12\x0e\n\x06layers\x18\x01 \x01(\r\x12\x10\n\x08kv_heads\x18\x02 \x01(\r\x12\x11\n\thead_size\x18\x03 \x01(\r\x12\x12\n\nblock_size\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x13\n\x0b\x62lock_bytes\x18\x06 \x01(\x04\x12\x0f\n\x07packing\x18\x07 \x01(\t\x12\x0f\n\x07weights\x18\x08 \x01(\t\"%\n\x07KvShard\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\x0c\n\x04port\x18\x02 \x01(\r\"\xc3\x01\n\x08KvTarget\x12\x13\n\x0btransfer_id\x18\x01 \x01(\x0c\x12%\n\x06shards\x18\x02 \x03(\x0b\x32\x15.tokenmesh.v1.KvShard\x12-\n\x08geometry\x18\x03 \x01(\x0b\x32\x1b.tokenmesh.v1.BlockGeometry\x12\x13\n\x0bstart_token\x18\x04 \x01(\r\x12\x11\n\tblock_ids\x18\x05 \x03(\r\x12$\n\x05\x63odec\x18\x06 \x01(\x0e\x32\x15.tokenmesh.v1.KvCodec\"m\n\tKvReceipt\x12\r\n\x05\x62ytes\x18\x01 \x01(\x04\x12\x14\n\x0c\x62lock_layers\x18\x02 \x01(\x04\x12\x0f\n\x07seconds\x18\x03 \x01(\x01\x12\x11\n\ttransport\x18\x04 \x01(\t\x12\x17\n\x0f\x65xposed_seconds\x18\x05 \x01(\x01*\x85\x01\n\x07KvCodec\x12\x18\n\x14KV_CODEC_UNSPECIFIED\x10\x00\x12\x11\n\rKV_CODEC_NONE\x10\x01\x12\x15\n\x11KV_CODEC_LOSSLESS\x10\x02\x12\x11\n\rKV_CODEC_BF16\x10\x03\x12\x11\n\rKV_CODEC_FP16\x10\x04\x12\x10\n\x0cKV_CODEC_FP8\x10\x05\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tokenmesh.v1.kv_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_KVCODEC']._serialized_start=532
-  _globals['_KVCODEC']._serialized_end=665
+  _globals['_KVCODEC']._serialized_start=549
+  _globals['_KVCODEC']._serialized_end=682
   _globals['_BLOCKGEOMETRY']._serialized_start=40
-  _globals['_BLOCKGEOMETRY']._serialized_end=181
-  _globals['_KVSHARD']._serialized_start=183
-  _globals['_KVSHARD']._serialized_end=220
-  _globals['_KVTARGET']._serialized_start=223
-  _globals['_KVTARGET']._serialized_end=418
-  _globals['_KVRECEIPT']._serialized_start=420
-  _globals['_KVRECEIPT']._serialized_end=529
+  _globals['_BLOCKGEOMETRY']._serialized_end=198
+  _globals['_KVSHARD']._serialized_start=200
+  _globals['_KVSHARD']._serialized_end=237
+  _globals['_KVTARGET']._serialized_start=240
+  _globals['_KVTARGET']._serialized_end=435
+  _globals['_KVRECEIPT']._serialized_start=437
+  _globals['_KVRECEIPT']._serialized_end=546
 # @@protoc_insertion_point(module_scope)

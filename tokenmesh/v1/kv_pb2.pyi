@@ -23,7 +23,7 @@ KV_CODEC_FP16: KvCodec
 KV_CODEC_FP8: KvCodec
 
 class BlockGeometry(_message.Message):
-    __slots__ = ("layers", "kv_heads", "head_size", "block_size", "dtype", "block_bytes", "packing")
+    __slots__ = ("layers", "kv_heads", "head_size", "block_size", "dtype", "block_bytes", "packing", "weights")
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     KV_HEADS_FIELD_NUMBER: _ClassVar[int]
     HEAD_SIZE_FIELD_NUMBER: _ClassVar[int]
@@ -31,6 +31,7 @@ class BlockGeometry(_message.Message):
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     BLOCK_BYTES_FIELD_NUMBER: _ClassVar[int]
     PACKING_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     layers: int
     kv_heads: int
     head_size: int
@@ -38,7 +39,8 @@ class BlockGeometry(_message.Message):
     dtype: str
     block_bytes: int
     packing: str
-    def __init__(self, layers: _Optional[int] = ..., kv_heads: _Optional[int] = ..., head_size: _Optional[int] = ..., block_size: _Optional[int] = ..., dtype: _Optional[str] = ..., block_bytes: _Optional[int] = ..., packing: _Optional[str] = ...) -> None: ...
+    weights: str
+    def __init__(self, layers: _Optional[int] = ..., kv_heads: _Optional[int] = ..., head_size: _Optional[int] = ..., block_size: _Optional[int] = ..., dtype: _Optional[str] = ..., block_bytes: _Optional[int] = ..., packing: _Optional[str] = ..., weights: _Optional[str] = ...) -> None: ...
 
 class KvShard(_message.Message):
     __slots__ = ("host", "port")

@@ -224,7 +224,7 @@ class HandOff:
             target=kv_pb2.KvTarget(
                 transfer_id=transfer_id,
                 shards=owner.shards,
-                geometry=self.engine.movers[0].geometry.to_proto(),
+                geometry=self._geometry(),
                 start_token=want.start_token,
                 block_ids=landing.blocks,
                 codec=codec_label(codec),
@@ -307,13 +307,20 @@ class HandOff:
         for owner in self._group.owners():
             request = prefill_pb2.ConnectOwnerRequest(
                 shards=owner.shards,
-                geometry=self.engine.movers[0].geometry.to_proto(),
+                geometry=self._geometry(),
                 codec=codec_label(self._codecs.of(address)),
             )
             replies.append(await stub.ConnectOwner(request, timeout=CONNECT_TIMEOUT_S))
         goodput = min(reply.goodput for reply in replies)
         await self._codecs.learn(address, goodput, self.engine.movers[0].geometry)
         return goodput, replies[0].transport
+
+    def _geometry(self) -> kv_pb2.BlockGeometry:
+        """What prefill services compare with theirs."""
+        geometry = self.engine.movers[0].geometry.to_proto()
+        if not self._config.kv_transfer.same_weights:
+            geometry.ClearField("weights")
+        return geometry
 
     def _channel(self, address: str) -> grpc.aio.Channel:
         if address not in self._channels:
