@@ -249,6 +249,20 @@ def test_seed(client: openai.OpenAI, model: str) -> None:
     assert len({ask(seed) for seed in (7, 8, 9)}) > 1
 
 
+def test_seed_of_a_prompt_that_the_root_computes_in_two_steps(client: openai.OpenAI, model: str) -> None:
+    # (1) Log-probabilities of the prompt keep it on the root, whose steps are shorter than it.
+    def ask() -> str:
+        extra = {"prompt_logprobs": 1}
+        answer = client.completions.create(
+            model=model, prompt=LONG, max_tokens=8, temperature=1, seed=5, extra_body=extra
+        )
+        assert len((answer.choices[0].model_extra or {})["prompt_logprobs"]) == len(LONG)
+        return answer.choices[0].text
+
+    # (2) Nothing is drawn for its first part, on which an engine on CPUs would have died.
+    assert ask() == ask()
+
+
 def test_stop_string(client: openai.OpenAI, model: str) -> None:
     # (1) Without it the text is known to contain it.
     answer = client.chat.completions.create(
