@@ -63,7 +63,7 @@ REST: list[tuple[str, str, dict[str, Any], int, str, str | None]] = [
     ("stop at no token", COMPLETIONS, {"stop_token_ids": [99999]}, 400, OWN, "stop_token_ids"),
     ("stop at a negative token", COMPLETIONS, {"stop_token_ids": [-1]}, 400, OWN, "stop_token_ids"),
     ("top_k beyond int32", COMPLETIONS, {"top_k": 2**40}, 400, OWN, "top_k"),
-    ("priority beyond int64", COMPLETIONS, {"priority": 2**70}, 400, OWN, None),
+    ("priority beyond int64", COMPLETIONS, {"priority": 2**70}, 400, MODEL, "body.priority"),
     ("salt is no Unicode", COMPLETIONS, {"cache_salt": "\ud800"}, 400, MODEL, "body.cache_salt"),
     ("unknown format", CHAT, {"response_format": {"type": "yaml"}}, 400, MODEL, "body.response_format.type"),
     ("no schema", CHAT, {"response_format": {"type": "json_schema"}}, 400, OWN, "response_format"),

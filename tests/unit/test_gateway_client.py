@@ -87,6 +87,12 @@ async def test_a_root_that_cannot_serve_is_not_the_last_word(
             assert (len(first.requests), len(second.requests)) == (1, 0)
 
 
+async def test_a_priority_may_be_a_time_in_milliseconds(vllm_config: VllmConfig) -> None:
+    async with gateway(vllm_config) as (root, client, _, _):
+        await read(client.generate(PROMPT, SamplingParams(max_tokens=2), "soon", priority=1_800_000_000_000))
+    assert [request.priority for request in root.requests] == [1_800_000_000_000]
+
+
 async def test_vllms_gauges_of_load_are_the_meshs(vllm_config: VllmConfig) -> None:
     async with gateway(vllm_config) as (root, client, _, _):
         root.load = decode_pb2.GetLoadResponse(blocks_total=100, blocks_free=75)
