@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 
+import pytest
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2
 from rich.console import Console
 
 from tokenmesh.cli.trace import BAR_COLUMNS, bar, waterfall
 from tokenmesh.telemetry import span_names as names
+from tokenmesh.telemetry import span_store
 from tokenmesh.telemetry.span_store import IDS_PER_TRACE, MAX_SPANS, SpanStore
 from tokenmesh.v1 import observe_pb2
 
@@ -81,6 +83,28 @@ def test_the_store_is_bounded() -> None:
     trace = store.trace(f"{200:032x}")
     assert trace is not None
     assert (len(trace.spans), trace.dropped) == (MAX_SPANS, 10)
+
+
+def test_large_spans_take_no_more_memory_than_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    # 1. Spans with much to say, of more traces than there is room for.
+    monkeypatch.setattr(span_store, "MAX_BYTES", 100_000)
+    monkeypatch.setattr(span_store, "TRACE_BYTES", 30_000)
+    store = SpanStore(1000)
+    for trace in range(1, 51):
+        store.add(export("s", trace, (1, 0, "x" * 9000, 1, 2), request_id=f"r-{trace}"))
+    assert len(store) == 11
+    # 2. The last ones are there, whole.
+    assert store.trace("r-1") is None
+    kept = store.trace("r-50")
+    assert kept is not None
+    assert kept.spans[0].name == "x" * 9000
+    # 3. One trace cannot push out all others.
+    for number in range(2, 12):
+        store.add(export("s", 50, (number, 1, "x" * 9000, 1, 2)))
+    kept = store.trace("r-50")
+    assert kept is not None
+    assert (len(kept.spans), kept.dropped) == (3, 8)
+    assert len(store) > 5
 
 
 def test_steps_do_not_push_requests_out() -> None:

@@ -227,6 +227,22 @@ async def test_a_rank_has_one_root_at_a_time(worker: Worker) -> None:
     await worker.nothing_is_left()
 
 
+async def test_a_root_that_is_silent_gives_way(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.decode.worker.service.LEASE_S", 0.3)
+    await worker.attach(blocks=4)
+    # (1) While it asks how its rank is, no other gets in.
+    for _ in range(5):
+        await asyncio.sleep(0.1)
+        await worker.call("GetStats")
+        await refused(worker.attach("other"), "FAILED_PRECONDITION", Reason.ALREADY_ATTACHED)
+    # (2) Its machine has gone, which nothing tells of.
+    await asyncio.sleep(0.35)
+    await worker.attach("other", blocks=2)
+    assert worker.servicer.attached is not None
+    assert (worker.servicer.attached.root_id, worker.servicer.attached.blocks) == ("other", 2)
+    await worker.nothing_is_left()
+
+
 async def test_two_roots_at_the_same_moment(worker: Worker) -> None:
     results = await asyncio.gather(worker.attach("a"), worker.attach("b"), return_exceptions=True)
     assert isinstance(results[0], worker_pb2.AttachResponse)

@@ -16,13 +16,19 @@ from tokenmesh.v1 import observe_pb2
 
 MAX_SPANS = 512
 """Of one trace; a request of many choices may have more."""
+TRACE_BYTES = 8 << 20
+"""Of one trace, as it was sent."""
+MAX_BYTES = 64 << 20
+"""Of all. Spans are kept as they were sent: what is made of them to be shown takes ten times the memory, and time."""
 IDS_PER_TRACE = 4
 """Request ids that lead to a trace, on average."""
 
 
 @dataclass
 class _Trace:
-    spans: dict[str, observe_pb2.SpanView] = field(default_factory=dict)
+    spans: dict[bytes, tuple[str, bytes]] = field(default_factory=dict)
+    """Span id → service, and the span as it was sent."""
+    bytes: int = 0
     dropped: int = 0
 
 
@@ -32,6 +38,7 @@ class SpanStore:
     def __init__(self, traces: int) -> None:
         self._limit = traces
         self._traces: OrderedDict[str, _Trace] = OrderedDict()
+        self._bytes = 0
         self._ids: OrderedDict[str, str] = OrderedDict()
         """Request id of any service → trace id."""
 
@@ -52,14 +59,16 @@ class SpanStore:
             return
         trace_id = span.trace_id.hex()
         trace = self._traces.setdefault(trace_id, _Trace())
-        while len(self._traces) > self._limit:
-            self._traces.popitem(last=False)
-        if len(trace.spans) >= MAX_SPANS:
+        raw = span.SerializeToString()
+        if len(trace.spans) >= MAX_SPANS or trace.bytes + len(raw) > TRACE_BYTES:
             trace.dropped += 1
-            return
-        view = _view(span, service)
-        trace.spans[view.span_id] = view
-        request_id = view.attributes.get(names.REQUEST_ID)
+        elif span.span_id not in trace.spans:
+            trace.spans[span.span_id] = service, raw
+            trace.bytes += len(raw)
+            self._bytes += len(raw)
+        while len(self._traces) > self._limit or self._bytes > MAX_BYTES:
+            self._bytes -= self._traces.popitem(last=False)[1].bytes
+        request_id = next((_value(a.value) for a in span.attributes if a.key == names.REQUEST_ID), "")
         if request_id:
             self._ids[request_id] = trace_id
             while len(self._ids) > IDS_PER_TRACE * self._limit:
@@ -72,7 +81,8 @@ class SpanStore:
         if trace is None:
             return None
         response = observe_pb2.GetTraceResponse(trace_id=trace_id, dropped=trace.dropped)
-        for depth, view in _ordered(trace.spans):
+        views = [_view(trace_pb2.Span.FromString(raw), service) for service, raw in trace.spans.values()]
+        for depth, view in _ordered({view.span_id: view for view in views}):
             response.spans.add().CopyFrom(view)
             response.spans[-1].depth = depth
         return response

@@ -52,6 +52,9 @@ OPEN_TIMEOUT_S = 30.0
 """For allocating the partition and starting its movers."""
 CLOSE_TIMEOUT_S = 10.0
 ZERO_TIMEOUT_S = 10.0
+LEASE_S = 30.0
+"""A root asks every second how its rank is. One that has not asked for this long gives way to another: its machine may
+have gone without a word, which TCP can take a quarter of an hour to notice."""
 
 
 class _Attached:
@@ -62,6 +65,8 @@ class _Attached:
         self.rank = rank
         self.blocks = blocks
         self.kv_bytes = kv_bytes
+        self.heard = time.monotonic()
+        """When the root last asked how the rank is."""
         self.tickets: set[bytes] = set()
         self.received_bytes = 0
 
@@ -149,14 +154,15 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             raise unavailable(Reason.DRAINING, "the worker is leaving")
         spec, geometry = _spec(request)
         async with self._changing:
-            if self.attached is not None and self.attached.root_id != request.decode_root_id:
+            others = self.attached is not None and self.attached.root_id != request.decode_root_id
+            if self.attached is not None and others and time.monotonic() - self.attached.heard < LEASE_S:
                 raise MeshError(
                     grpc.StatusCode.FAILED_PRECONDITION,
                     Reason.ALREADY_ATTACHED,
                     f"the rank belongs to {self.attached.root_id}",
                 )
             if self.attached is not None:
-                await self._close_locked("attached again")
+                await self._close_locked("its root is silent, and another asks" if others else "attached again")
             await self._ensure(request.shards)
             per_shard = self._config.kv_cache_memory_bytes // (geometry.block_bytes * geometry.layers)
             blocks = request.blocks or per_shard
@@ -270,6 +276,9 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     ) -> worker_pb2.GetStatsResponse:
         """See worker.proto."""
         at, state = self.attached, self._states.get(0)
+        if at is not None:
+            # Nobody but roots asks, and those that are not attached do not.
+            at.heard = time.monotonic()
         response = worker_pb2.GetStatsResponse(draining=self.draining)
         if at is not None:
             response.decode_root_id, response.rank, response.blocks = at.root_id, at.rank, at.blocks
