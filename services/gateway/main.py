@@ -47,7 +47,7 @@ async def serve(mesh: MeshConfig, replica: int, stop: Stop) -> None:
     """
     config = mesh.gateway
     listener = bind(config.host, config.port)
-    server = RpcServer(config.host, config.grpc_port, aging(CONNECTION_S, config.request_timeout_s + 1))
+    server = RpcServer(config.host, config.grpc_port, aging(CONNECTION_S, config.request_timeout_s + 1), rest.MOST_OPEN)
     requests = RequestTable(MAX_REQUESTS)
     servicer = InferenceServicer(config, mesh.model_name)
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(servicer, server.server)

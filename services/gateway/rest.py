@@ -44,6 +44,9 @@ _READ = {field.name for field in fields(BaseFrontendArgs)} | {
     "root_path",
 }
 """Arguments that vLLM's application reads. Others are its launcher's, which is not used here: TLS, keys, sockets."""
+MOST_OPEN = 8192
+"""Requests that are read, cut into tokens, computed or answered. Sequences are counted besides, once they are tokens; a
+burst that comes faster than one thread tokenises would pile up before."""
 _OPEN_PATHS = ("/health", "/ping", "/metrics", "/version")
 
 
@@ -113,6 +116,7 @@ class Guard:
     ) -> None:
         """`page` looks after its own keys."""
         self._draining = draining
+        self._under_way = 0
         self._app = app
         self._page = page
         self._keys = Keys.of_clients(config)
@@ -130,8 +134,12 @@ class Guard:
         # Downstream, vLLM names its request after this header; it must see the id that we made.
         others = [(k, v) for k, v in scope["headers"] if k.lower() != REQUEST_ID.encode()]
         scope = {**scope, "headers": [*others, (REQUEST_ID.encode(), work.request_id.encode())]}
-        with HttpSpan(scope, work) as span:
-            await self._serve(scope, receive, send, headers, span)
+        self._under_way += 1
+        try:
+            with HttpSpan(scope, work) as span:
+                await self._serve(scope, receive, send, headers, span)
+        finally:
+            self._under_way -= 1
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send, headers: Headers, span: HttpSpan) -> None:
         work = span.work
@@ -175,6 +183,8 @@ class Guard:
         is_open = scope["method"] == "OPTIONS" or scope["path"] in _OPEN_PATHS
         if not is_open and not self._keys.fit(headers.get("authorization", "")):
             return _error(401, "AuthenticationError", "the API key is missing or wrong")
+        if self._under_way > MOST_OPEN and not is_open:
+            return _error(429, "TooManyRequests", "too many requests at a time")
         length = headers.get("content-length", "0")
         if length.isdigit() and int(length) > self._limit:
             return self._too_large()

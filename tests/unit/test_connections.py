@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
+import pytest
 
 from tests.unit.fake_service import free_ports
 from tokenmesh.rpc.channel import aging
@@ -54,6 +55,21 @@ async def test_grpc_connections_are_made_anew_and_no_call_is_lost() -> None:
             await asyncio.sleep(0.01)
         assert await streaming == list(range(20))
         assert len(peers.seen) > 2
+    await server.stop(0)
+
+
+async def test_more_calls_than_a_server_may_have_are_refused_at_once() -> None:
+    server = RpcServer("127.0.0.1", free_ports(1)[0], most_calls=2)
+    decode_pb2_grpc.add_DecodeServiceServicer_to_server(Peers(), server.server)
+    await server.start()
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        stub = decode_pb2_grpc.DecodeServiceStub(channel)
+        streams = [stub.Generate(decode_pb2.GenerateRequest()) for _ in range(3)]
+        for stream in streams[:2]:
+            assert (await stream.read()).token_ids == [0]
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await streams[2].read()
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     await server.stop(0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import httpx
 import pytest
 from vllm.entrypoints.launchers.app import build_app
 
+from services.gateway import rest
 from services.gateway.inference import InferenceServicer
 from services.gateway.rest import Guard, answer_http_errors, server_args
 from tests.refusals import refused
@@ -112,6 +114,27 @@ async def test_a_key_in_vllms_environment_guards_nothing(monkeypatch: pytest.Mon
     async with _guarded(GatewayConfig(), app) as client:
         # (2) So this is not refused for the lack of it, but for what it is.
         refused(await client.post("/v1/completions", content=b"{"), 400)
+
+
+async def test_a_burst_is_refused_where_it_would_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rest, "MOST_OPEN", 2)
+    goes_on = asyncio.Event()
+
+    async def slow(scope: Any, receive: Any, send: Any) -> None:
+        await goes_on.wait()
+        await _echo(scope, receive, send)
+
+    async with _guarded(GatewayConfig(), slow) as client:
+        # (1) Two are under way; the third is told at once, and health is still answered.
+        first = [asyncio.create_task(client.post(COMPLETIONS, content=b"x")) for _ in range(2)]
+        await asyncio.sleep(0.01)
+        refused(await client.post(COMPLETIONS, content=b"x"), 429)
+        health = asyncio.create_task(client.get("/health"))
+        await asyncio.sleep(0.01)
+        goes_on.set()
+        assert [(await each).status_code for each in (*first, health)] == [200] * 3
+        # (2) When they have ended there is room again.
+        assert (await client.post(COMPLETIONS, content=b"x")).status_code == 200
 
 
 async def test_a_gateway_that_drains_lets_go_of_its_connections() -> None:

@@ -257,6 +257,14 @@ async def test_a_prompt_that_services_may_die_of_is_not_shown_to_all() -> None:
         await root.handoff.close()
 
 
+def test_many_pairs_are_looked_at_more_rarely() -> None:
+    # 50 prefill services and 4 owners: 200 calls a round, of every root.
+    for pairs, seconds in ((1, 2.0), (40, 2.0), (200, 10.0)):
+        pauses = {handoff_module.look_pause(pairs) for _ in range(100)}
+        assert len(pauses) > 50
+        assert 0.8 * seconds <= min(pauses) <= max(pauses) <= 1.2 * seconds
+
+
 async def test_what_arrived_is_told_as_such() -> None:
     async with serving() as [(address, prefill)]:
         root = Root(address)

@@ -94,13 +94,19 @@ LIVE = "live"
 class RpcServer:
     """One listener with health and reflection. Starts NOT_SERVING; `ready()` once the service can work."""
 
-    def __init__(self, host: str, port: int, options: Sequence[tuple[str, int]] = ()) -> None:
-        """`options`: of gRPC's, besides those that all servers have."""
+    def __init__(
+        self, host: str, port: int, options: Sequence[tuple[str, int]] = (), most_calls: int | None = None
+    ) -> None:
+        """`options`: of gRPC's, besides those that all servers have. `most_calls`: more are refused at once."""
         self.address = join(host, port)
         self._drained = False
         self.metrics = Metrics()
         """Of the whole service, whose calls are the first of them."""
-        self.server = grpc.aio.server(interceptors=[_Interceptor(self.metrics)], options=[*SERVER_OPTIONS, *options])
+        self.server = grpc.aio.server(
+            interceptors=[_Interceptor(self.metrics)],
+            options=[*SERVER_OPTIONS, *options],
+            maximum_concurrent_rpcs=most_calls,
+        )
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
         self._names = [health.SERVICE_NAME, reflection.SERVICE_NAME]

@@ -7,6 +7,7 @@ after its ticket is closed: until then vLLM keeps the blocks, and after that nob
 from __future__ import annotations
 
 import asyncio
+import random
 import secrets
 import time
 from collections import Counter
@@ -44,6 +45,15 @@ RECONNECT_S = 0.5
 
 RETRY_AFTER_S = 2.0
 """A prefill service that was unreachable is tried last for this long."""
+
+
+LOOKS_PER_S = 20.0
+"""At pairs that are connected. Each is a call, and there are as many as roots times prefill services times ranks."""
+
+
+def look_pause(pairs: int) -> float:
+    """Seconds until a connected prefill service is looked at again; not all roots at the same moment."""
+    return max(RETRY_AFTER_S, pairs / LOOKS_PER_S) * random.uniform(0.8, 1.2)
 
 
 @dataclass
@@ -298,7 +308,8 @@ class HandOff:
                         "prefill not connected", prefill=address, reason=failure.reason.value, error=failure.message
                     )
                 told = failure.reason.value
-            await asyncio.sleep(RETRY_AFTER_S if address in self.connected else RECONNECT_S)
+            pairs = len(self._channels) * len(self._group.owners())
+            await asyncio.sleep(look_pause(pairs) if address in self.connected else RECONNECT_S)
 
     async def _connect(self, address: str) -> tuple[float, str]:
         """Connects a prefill service to every owner. Returns (slowest goodput, the root's transport)."""
