@@ -194,10 +194,8 @@ def test_who_is_aborted_while_its_kv_is_on_a_lost_rank_leaves_nothing(make: Make
     engine.nothing_is_left()
 
 
-@pytest.mark.parametrize("lost", [True, False], ids=["rank lost", "prefill failed"])
-def test_whose_kv_did_not_come_does_not_block_those_whose_kv_did(make: Make, lost: bool) -> None:
-    # (1) One awaits KV on rank 1; behind it another awaits KV on the root, and holds most blocks there.
-    engine = make(16)
+def two_fetches(engine: Engine) -> dict[int, str]:
+    """One awaits KV on rank 1; behind it another awaits KV on the root, and holds most blocks there. Names by rank."""
     engine.attach(1, 16)
     engine.add("first", 8)
     engine.step()
@@ -207,6 +205,14 @@ def test_whose_kv_did_not_come_does_not_block_those_whose_kv_did(make: Make, los
     engine.step()
     names = {split_owner(want.blocks)[0]: want.request_id for want in engine.told(WantKv)}
     assert sorted(names) == [0, 1]
+    return names
+
+
+@pytest.mark.parametrize("lost", [True, False], ids=["rank lost", "prefill failed"])
+def test_whose_kv_did_not_come_does_not_block_those_whose_kv_did(make: Make, lost: bool) -> None:
+    # (1) Two await KV, the first of them on rank 1.
+    engine = make(16)
+    names = two_fetches(engine)
     # (2) The first one's KV does not come, and rank 1 has no room any more; the other's is there.
     if lost:
         engine.step(lost={(1, 1): "dead"})
@@ -221,15 +227,9 @@ def test_whose_kv_did_not_come_does_not_block_those_whose_kv_did(make: Make, los
 def test_whose_kv_came_to_a_lost_rank_while_it_waited_does_not_block_others(make: Make) -> None:
     # (1) KV has come for both, but there is no slot in the batch for them yet; then rank 1 goes.
     engine = make(16)
-    engine.attach(1, 16)
-    engine.add("first", 8)
-    engine.step()
-    engine.add("unlucky", 48, fetch=True)
-    engine.step()
-    engine.add("lucky", 40, fetch=True)
-    engine.step()
+    names = two_fetches(engine)
     slots, engine.scheduler.max_num_active_reqs = engine.scheduler.max_num_active_reqs, 1
-    engine.step(finished_recving={want.request_id for want in engine.told(WantKv)})
+    engine.step(finished_recving=set(names.values()))
     engine.step()
     engine.step(lost={(1, 1): "dead"})
     engine.scheduler.max_num_active_reqs = slots
