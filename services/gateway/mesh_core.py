@@ -16,6 +16,7 @@ import grpc
 import numpy as np
 import structlog
 import torch
+from vllm.sampling_params import SamplingParams
 from vllm.v1.engine import (
     EngineCoreEvent,
     EngineCoreEventType,
@@ -79,6 +80,7 @@ class MeshCore:
         self._fail = fail
         self._outputs: asyncio.Queue[EngineCoreOutput] = asyncio.Queue()
         self._streams: dict[str, asyncio.Task[None]] = {}
+        self._writing = asyncio.Lock()
         self._stopped: set[str] = set()
         """Streams that were cancelled since their text is complete."""
 
@@ -93,8 +95,6 @@ class MeshCore:
         task = asyncio.create_task(self._follow(request))
         self._streams[request.request_id] = task
         task.add_done_callback(lambda _: self._over(request.request_id))
-        # A request may have many choices, each of which has its prompt to send; others' tokens come in between.
-        await asyncio.sleep(0)
 
     def _over(self, request_id: str) -> None:
         self._streams.pop(request_id, None)
@@ -190,18 +190,10 @@ class MeshCore:
         params = request.sampling_params
         assert params is not None
         _check_text_only(request)
-        with _passing_on():
-            message = decode_pb2.GenerateRequest(
-                request_id=request.request_id,
-                prompt_token_ids=request.prompt_token_ids,
-                sampling_params=from_vllm(params),
-                prefill_candidates=[decode_pb2.PrefillCandidate(address=address) for address in route.candidates],
-                cache_salt=request.cache_salt or "",
-                priority=request.priority,
-                local_reason=route.local_reason,
-                reasoning_ended=request.reasoning_ended,
-                reasoning_parser_kwargs=request.reasoning_parser_kwargs,
-            )
+        async with self._writing:
+            # A request may have many choices, each of which has its prompt to send: others' tokens come in between.
+            await asyncio.sleep(0)
+            message = _message(request, params, route)
         stub = decode_pb2_grpc.DecodeServiceStub(route.entry.channel)
         with start_call("tokenmesh.v1.DecodeService/Generate", route.entry.address) as called:
             metadata = called.work.to_metadata() if called.work is not None else []
@@ -241,6 +233,21 @@ class MeshCore:
             new_token_ids=[reply.first_token_id],
             finish_reason=FinishReason.LENGTH,
             prefill_stats=_prefill_stats(usage),
+        )
+
+
+def _message(request: EngineCoreRequest, params: SamplingParams, route: Route) -> decode_pb2.GenerateRequest:
+    with _passing_on():
+        return decode_pb2.GenerateRequest(
+            request_id=request.request_id,
+            prompt_token_ids=request.prompt_token_ids,
+            sampling_params=from_vllm(params),
+            prefill_candidates=[decode_pb2.PrefillCandidate(address=address) for address in route.candidates],
+            cache_salt=request.cache_salt or "",
+            priority=request.priority,
+            local_reason=route.local_reason,
+            reasoning_ended=request.reasoning_ended,
+            reasoning_parser_kwargs=request.reasoning_parser_kwargs,
         )
 
 

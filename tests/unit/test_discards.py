@@ -95,9 +95,15 @@ def test_a_lost_rank_costs_its_requests_no_draw(monkeypatch: pytest.MonkeyPatch)
     # (2) It has drawn nothing and is still owed the log-probabilities of its prompt; the first has what it had coming.
     worker = object.__new__(TokenParallelCpuWorker)
     worker._group, worker.model_runner = group, runner
+    worker.parallel_config = SimpleNamespace(tensor_parallel_size=1)
     sample = putting_aside(Runner.sample_tokens)
     monkeypatch.setattr(CPUWorker, "sample_tokens", lambda self: sample(self.model_runner), raising=False)
     kept = runner.input_batch.generators[1].get_state()
     assert len(worker.sample_tokens()) == 1
     assert torch.equal(runner.input_batch.generators[1].get_state(), kept)
     assert runner.num_prompt_logprobs == {"b": 1}
+    # (3) Shards that may not all have lost the rank go on alike.
+    runner.discard_request_mask.np[:] = False
+    worker.parallel_config.tensor_parallel_size = 2
+    assert len(worker.sample_tokens()) == 2
+    assert runner.num_prompt_logprobs == {}

@@ -17,6 +17,7 @@ from vllm.exceptions import GracefulHTTPError
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from services.gateway import mesh_core
 from services.gateway.mesh_core import _check_text_only
 from tests.unit.small_gateway import CHAT, PROMPT, TOKENS, ask, gateway, read, serving_root
 from tokenmesh.config import MeshConfig
@@ -276,6 +277,27 @@ async def test_a_refused_request_of_several_choices_leaves_nothing(vllm_config: 
         # 1. Neither sequences nor what holds them together.
         assert not client.output_processor.request_states
         assert not client.output_processor.parent_requests
+
+
+async def test_choices_of_one_request_are_sent_one_by_one(
+    vllm_config: VllmConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message, turn, written = mesh_core._message, 0, list[int]()
+    monkeypatch.setattr(mesh_core, "_message", lambda *of: written.append(turn) or message(*of))
+
+    async def others() -> None:
+        nonlocal turn
+        while True:
+            turn += 1
+            await asyncio.sleep(0)
+
+    async with gateway(vllm_config) as (root, client, _, _):
+        ticking = asyncio.create_task(others())
+        await read(client.generate(PROMPT, SamplingParams(max_tokens=2, n=6), "many"))
+        ticking.cancel()
+    # Each has its prompt to send, which takes time if it is long: whoever else has something to do comes in between.
+    assert len(root.requests) == 6
+    assert len(set(written)) == 6
 
 
 async def test_a_stop_string_is_an_answer_and_no_abort(vllm_config: VllmConfig) -> None:

@@ -6,9 +6,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
+from tokenmesh.engine.gpu import attention
 from tokenmesh.engine.gpu.metadata import TokenParallelFlashBuilder
 from tokenmesh.engine.gpu.rows import SplitRows, split_reference
 from tokenmesh.parallel.ids import STRIDE
@@ -118,3 +120,19 @@ def test_all_ranks_on_other_gpus_hear_of_a_decode_batch_unless_it_is_none() -> N
     builder._ranks.dummy = True
     assert not TokenParallelFlashBuilder._announce(builder, split, 2, 9)
     assert len(watch.told) == 2
+
+
+def test_before_a_rank_on_another_gpu_has_come_the_root_attends_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    # 1. Graphs are captured at start: a decode batch, and nobody to be told of it. No rank shares the root's GPU.
+    done: list[str] = []
+    told = {name: lambda *_, name=name: done.append(name) for name in ("pack", "place", "unpack")}
+    monkeypatch.setattr(attention, "kernels", SimpleNamespace(**told))
+    impl: Any = object.__new__(attention.TokenParallelFlashImpl)
+    impl._group = SimpleNamespace(watch=None)
+    impl._attend = lambda *_: done.append("attend")
+    metadata: Any = SimpleNamespace(
+        root=None, others=[], announced=False, rows=torch.full((1, 4), -1), packed=SimpleNamespace(packed=None)
+    )
+    impl._decode(None, None, None, None, None, metadata, None)
+    # 2. Nothing is written into caches of ranks that are not here.
+    assert done == ["pack", "attend", "unpack"]

@@ -257,6 +257,7 @@ def test_what_lies_before_a_window_is_not_fetched(make: Make) -> None:
     assert not theirs & set(want.blocks)
     assert want.start_token + want.num_tokens == 40
     assert want.start_token == 40 - len(want.blocks) * BLOCK
+    assert want.cached_tokens == 0
     engine.step(finished_recving={want.request_id})
     engine.run()
     assert engine.tokens["long"] == [token_at(i) for i in range(40, 48)]

@@ -43,6 +43,18 @@ def test_copies_are_the_same_and_others_are_not(tmp_path: Path) -> None:
     assert len({known(other) for other in others} | {whole}) == 4
 
 
+def test_files_that_are_not_loaded_do_not_count(tmp_path: Path) -> None:
+    whole, clone = write(tmp_path / "whole"), write(tmp_path / "clone")
+    # A clone from the hub, where the same weights stand in another format, too.
+    (clone / "pytorch_model.bin").write_bytes(b"1" * 9000)
+    assert known(whole) == known(clone)
+    # Where there is no other, that one counts.
+    for folder in (whole, clone):
+        for file in folder.glob("*.safetensors"):
+            file.unlink()
+    assert known(whole) != known(clone)
+
+
 def test_the_end_of_a_file_counts_too(tmp_path: Path) -> None:
     folder = write(tmp_path / "model")
     before = known(folder)

@@ -108,14 +108,15 @@ class ConsumerScheduler:
             return
         self._asked.add(request.request_id)
         (block_ids,) = blocks.get_block_ids()
-        start = request.num_prompt_tokens - num_external_tokens
+        cached = start = request.num_prompt_tokens - num_external_tokens
         first, stop = start // self._block_size, -(-request.num_prompt_tokens // self._block_size)
         # Where every layer has a window, those before it have no blocks, but vLLM's null block, which is somebody's.
         while blocks.blocks[0][first].is_null:
             first += 1
             start = first * self._block_size
         key = (request.kv_transfer_params or {})[FetchFrom.KEY]
-        want = WantKv(request.request_id, key, start, request.num_prompt_tokens - start, block_ids[first:stop])
+        missing = request.num_prompt_tokens - start
+        want = WantKv(request.request_id, key, start, missing, block_ids[first:stop], cached)
         if self._behind_device:
             # Their last owner may have ended in a step that a GPU still computes, and that still writes to them.
             self._wanted.append(want)

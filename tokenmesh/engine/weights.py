@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-_SUFFIXES = frozenset((".safetensors", ".bin", ".pt", ".pth", ".gguf"))
+_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")
+"""Of weights. Where there are several kinds they hold the same; the first counts."""
 _SAMPLES = 16
 _SAMPLE_BYTES = 4096
 _NOT_OF_THE_MODEL = frozenset(("_name_or_path", "transformers_version", "torch_dtype", "dtype"))
@@ -48,13 +49,12 @@ def _digest(path: Path) -> str:
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     for file in files:
         if file.name == "config.json":
-            config = json.loads(file.read_text())
-            digest.update(
-                json.dumps({k: v for k, v in config.items() if k not in _NOT_OF_THE_MODEL}, sort_keys=True).encode()
-            )
-        elif file.suffix in _SUFFIXES:
-            with file.open("rb") as opened:
-                _sample(opened, file.stat().st_size, digest)
+            config = {k: v for k, v in json.loads(file.read_text()).items() if k not in _NOT_OF_THE_MODEL}
+            digest.update(json.dumps(config, sort_keys=True).encode())
+    kinds = ([file for file in files if file.suffix == suffix] for suffix in _SUFFIXES)
+    for file in next(filter(None, kinds), []):
+        with file.open("rb") as opened:
+            _sample(opened, file.stat().st_size, digest)
     return digest.hexdigest()
 
 

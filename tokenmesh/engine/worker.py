@@ -73,7 +73,9 @@ class TokenParallelCpuWorker(RankSpecs, CPUWorker):
         if not self._group.shared:
             return super().sample_tokens(*args, **kwargs)
         runner: Any = self.model_runner
-        lost = self._group.unanswered()
+        # Of several shards one may have lost a rank that others have not: what they keep must be the same.
+        alone = self.parallel_config.tensor_parallel_size == 1
+        lost = self._group.unanswered() if alone else []
         runner.discard_request_mask.np[lost] = True
         names = {runner.input_batch.req_ids[place] for place in lost}
         owed = {name: count for name, count in runner.num_prompt_logprobs.items() if name in names}

@@ -168,6 +168,8 @@ class WantKv(msgspec.Struct, frozen=True, tag=True, gc=False):
     num_tokens: int
     """Prompt tokens wanted from start_token on."""
     blocks: list[int]
+    cached_tokens: int = 0
+    """Prompt tokens that the rank's own cache has."""
 
 
 class DropKv(msgspec.Struct, frozen=True, tag=True, gc=False):

@@ -74,7 +74,9 @@ class MeshError(Exception):
     @property
     def fatal(self) -> bool:
         """The peer has died with the call, perhaps of what it was asked. So not everybody should be asked the same."""
-        lost = self.reason is Reason.INTERNAL and "failed to connect" not in self.message
+        # Those of gRPC's that say that nothing was sent.
+        unsent = any(text in self.message for text in ("failed to connect", "resolving", "resolution failed"))
+        lost = self.reason is Reason.INTERNAL and not unsent
         return self.code is grpc.StatusCode.UNAVAILABLE and (lost or self.reason is Reason.ENGINE_DEAD)
 
     @classmethod

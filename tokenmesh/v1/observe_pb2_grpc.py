@@ -57,7 +57,7 @@ class ObserveServiceServicer:
 
     def Watch(self, request, context):
         """Sends a snapshot at once and then every second. Effects: while anybody watches, the gateway asks every service
-        for its status. Ends with the call.
+        for its status. Ends with the call, or when a gateway closes a connection that is some minutes old: watch again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

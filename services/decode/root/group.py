@@ -156,7 +156,7 @@ class Group:
                 await self._watch(rank)
                 # One that is lost as soon as it has rows to attend over stops the engine each time it is back.
                 short_lives = short_lives + 1 if time.monotonic() - attached < STEADY_S else 0
-                pause = min(RETRY_S * 2 ** max(0, short_lives - 1), LONGEST_RETRY_S)
+                pause = min(RETRY_S * 2 ** min(max(0, short_lives - 1), 10), LONGEST_RETRY_S)
             except MeshError as error:
                 if error.reason is Reason.RANK_UNREACHABLE:
                     # The engine stood still while it tried to connect.

@@ -267,7 +267,7 @@ class HandOff:
             raise MeshError(grpc.StatusCode.INTERNAL, Reason.KV_TRANSFER_FAILED, outcome.error)
         receipt = outcome.receipt
         receipt.exposed_seconds = reply.receipt.exposed_seconds if reply is not None else 0.0
-        prompt.cached_tokens = max(want.start_token, reply.cached_tokens if reply is not None else 0)
+        prompt.cached_tokens = max(want.cached_tokens, reply.cached_tokens if reply is not None else 0)
         self.bytes += receipt.bytes
         self.transfers += 1
         self.seconds += receipt.seconds

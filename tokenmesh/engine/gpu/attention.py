@@ -93,12 +93,13 @@ class TokenParallelFlashImpl(FlashAttentionImpl):
     ) -> None:
         packed, count = metadata.packed, metadata.rows.shape[1]
         watch = self._group.watch
-        if watch is None:
+        if metadata.others:
             self._decode_here(layer, query, key, value, kv_cache, metadata, output)
         else:
             kernels.pack(query, key, value, metadata.rows, packed)
-            # What a graph holds is announced when it is replayed.
-            peers = watch.peers if metadata.announced or torch.cuda.is_current_stream_capturing() else {}
+            # What a graph holds is announced when it is replayed. Before the first rank has come, there is no watch.
+            told = watch is not None and (metadata.announced or torch.cuda.is_current_stream_capturing())
+            peers = watch.peers if watch is not None and told else {}
             # Sent before the root attends, whose kernel leaves no room on the GPU for any other beside it.
             for rank, peer in peers.items():
                 self._with(peer, peer.pair.send, packed.packed[rank - 1, :count])
