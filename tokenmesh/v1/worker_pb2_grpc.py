@@ -85,8 +85,9 @@ class WorkerServiceServicer:
 
         Effects: allocates the partition, starts its movers, opens one exchange listener per tensor-parallel shard. The
         same root may attach again: what it had is dropped first. If no root connects within 30 s, or the one that did
-        goes away, the partition is freed as by Detach.
-        Errors: FAILED_PRECONDITION (ALREADY_ATTACHED: to another root), INVALID_ARGUMENT
+        goes away, the partition is freed as by Detach; likewise if another root attaches when the one that is there has
+        not called GetStats for 30 s.
+        Errors: FAILED_PRECONDITION (ALREADY_ATTACHED: to another root, which is alive), INVALID_ARGUMENT
         (BAD_REQUEST; UNSUPPORTED_ATTENTION, also where a shard cannot have its memory), RESOURCE_EXHAUSTED
         (NOT_ENOUGH_MEMORY: more blocks than kv_cache_memory_bytes holds), UNAVAILABLE (DRAINING, also while it starts;
         KV_OWNER_UNREACHABLE: a shard or its mover does not start).
@@ -111,7 +112,7 @@ class WorkerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetStats(self, request, context):
-        """Reports what the rank holds and does. No effects; answers within a second.
+        """Reports what the rank holds and does; answers within a second. A root calls it every second, which keeps the rank.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
