@@ -17,6 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from tokenmesh.engine.counts import CountsReporter
 from tokenmesh.engine.device_order import InDeviceOrder
+from tokenmesh.engine.discards import put_aside_discards
 from tokenmesh.engine.group import active
 from tokenmesh.engine.idle import IdleLink
 from tokenmesh.engine.settings import ConnectorSettings, FetchFrom
@@ -151,7 +152,10 @@ class ConsumerWorker:
 
     def __init__(self, settings: ConnectorSettings, vllm_config: VllmConfig) -> None:
         from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+        from vllm.platforms import current_platform
 
+        if current_platform.is_cpu():
+            put_aside_discards()
         self._settings = settings
         self._config = vllm_config
         self._shard = get_tensor_model_parallel_rank()

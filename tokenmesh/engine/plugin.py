@@ -6,7 +6,6 @@ import logging
 import multiprocessing
 
 from tokenmesh.engine.compile_cache import find_it_again
-from tokenmesh.engine.discards import put_aside_discards
 from tokenmesh.heap import leave_heap_at_exit
 from tokenmesh.logs import setup_inherited_logging
 
@@ -28,4 +27,3 @@ def register() -> None:
 
     if current_platform.is_cpu():
         find_it_again()
-        put_aside_discards()
