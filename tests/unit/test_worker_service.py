@@ -228,15 +228,15 @@ async def test_a_rank_has_one_root_at_a_time(worker: Worker) -> None:
 
 
 async def test_a_root_that_is_silent_gives_way(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.decode.worker.service.LEASE_S", 0.3)
+    monkeypatch.setattr("services.decode.worker.service.LEASE_S", 1.0)
     await worker.attach(blocks=4)
     # (1) While it asks how its rank is, no other gets in.
-    for _ in range(5):
-        await asyncio.sleep(0.1)
+    for _ in range(6):
+        await asyncio.sleep(0.2)
         await worker.call("GetStats")
         await refused(worker.attach("other"), "FAILED_PRECONDITION", Reason.ALREADY_ATTACHED)
     # (2) Its machine has gone, which nothing tells of.
-    await asyncio.sleep(0.35)
+    await asyncio.sleep(1.1)
     await worker.attach("other", blocks=2)
     assert worker.servicer.attached is not None
     assert (worker.servicer.attached.root_id, worker.servicer.attached.blocks) == ("other", 2)
